@@ -1,37 +1,40 @@
 """Capsule networks whose routing is learned: "Learning to compute inner consensus" (Faria, 2019).
 
-One file, nothing but torch. Read it from top to bottom beside the paper, or copy it and write
+One file, nothing but torch. Read it beside the paper from top to bottom, or copy it and write
 
     net = CapsNet(image_shape=(1, 32, 32), num_classes=5, routing="similarity")
     poses, logits = net(torch.randn(8, 1, 32, 32))   # (8, 5, 4, 4), (8, 5)
 
 Glossary (EM paper: Hinton et al., ICLR 2018; dynamic paper: Sabour et al., NeurIPS 2017)
 
-    code                  symbol      paper     what it is
-    pose                  M_i, mu_j             what a capsule says about its part: a PxP matrix
-    logit                                       of the activation: a = sigmoid(logit) is presence
-    log_activation        log a_i               logsigmoid(logit), exact where a itself underflows
-    weight                W_ij        Eq. 1     from input capsule i to output capsule j
-    votes                 v_ij        Eq. 1     `compute_votes`
-    compatibility         c_ij        Eq. 3     share of vote i in the pose of j; sums to 1 over i
-    similarity            k(mu, v)    Eq. 15    `MeanRouting.similarity`, a mixture of Gaussians
-    lambda1, lambda2                  Eq. 2     weights of the two penalties of `routing_objective`
-    theta                 theta1..3   Eq. 13    of the activation
-    phi, psi                          Alg. 2    the two small networks of `ConnectionistRouting`
+    code              symbol      where    what it is
+    pose              M_i, mu_j            what a capsule says about its part: a P x P matrix
+    logit                                  of an activation: a = sigmoid(logit), "it is present"
+    log_activation    log a_i              logsigmoid(logit): exact where a itself underflows
+    weight            W_ij        Eq. 1    the view of output capsule j from input capsule i
+    votes             v_ij        Eq. 1    what i predicts for the pose of j
+    compatibility     c_ij        Eq. 3    share of vote i in the pose of j: sums to 1 over i
+    similarity        k(mu, v)    Eq. 15   a mixture of Gaussians of the distance
+    lambda1, lambda2              Eq. 2    weights of the two penalties of the objective
+    theta             theta_1..3  Eq. 13   of the activation
+    phi, psi                      Alg. 2   the two small networks of connectionist routing
 
 Axes, the same letters everywhere
 
-    B images            C input channels    O output channels       P side of a pose, D = P*P
-    L output positions  I inputs of one receptive field (C channels x the kernel's cells)
+    B images   L output positions   I inputs of one receptive field (C channels x kernel cells)
+    O output channels   P side of a pose, D = P * P entries
 
-Poses travel between layers as (B, C, *grid, P, P), activations as logits (B, C, *grid).
+Between layers poses are (B, C, *grid, P, P) and activations are logits (B, C, *grid).
 
-Deviations from the paper, and choices where it is silent
+Where this departs from the paper, or chooses what the paper leaves open
 
-    * Activations are kept as logits, so that log a is exact and nothing takes the log of zero.
-    * Poses of primary capsules have Frobenius norm 1, and the coordinates of a capsule's position
-      are added to its pose before it votes, as in the author's code; the paper says neither.
-    * lambda1, lambda2 and the kernel widths are learned as logarithms, which keeps them positive.
+    * Activations are logits throughout: log a is exact, and nothing takes the log of zero.
+    * Primary poses have Frobenius norm 1, and each capsule's position is added to its pose before
+      it votes, as in the author's code; the paper mentions neither.
+    * lambda1, lambda2 and the kernel widths are learned as logarithms, so they stay positive.
+    * The author starts at lambda1 = 12, lambda2 = 1, theta_1 = 1, where C stays uniform and the
+      logits flat for hundreds of steps; the defaults of `MeanRouting` and `SimilarityRouting` are
+      what trained best on held-out training toys.
 """
 
 import math
@@ -43,10 +46,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-TINY = 1e-12  # below any squared length that carries information, far above underflow
+TINY = 1e-12  # added to squared lengths before a root or a logarithm
 
 
-# ----------------------------------------------------------------------------- the equations
+# ---------------------------------------------------------------------------- the equations
 
 
 def compute_votes(pose: Tensor, weight: Tensor) -> Tensor:
@@ -59,11 +62,11 @@ def compute_votes(pose: Tensor, weight: Tensor) -> Tensor:
 
 
 def update_compatibility(similarity: Tensor, log_activation: Tensor, lambda1, lambda2) -> Tensor:
-    """Eq. 11: the compatibilities C that minimise `routing_objective` for a fixed pose.
+    """Eq. 11: the C that minimises `routing_objective` for fixed poses.
 
-    similarity (..., I), log_activation (..., I), lambdas broadcastable -> (..., I).
-    Softmax over the last axis, the *input* capsules: each output capsule distributes its own
-    attention. (EM and dynamic routing normalise over the outputs instead.)
+    similarity (..., I), log_activation (..., I) -> (..., I); the lambdas broadcast against these.
+    Softmax over the last axis, the *input* capsules: every output capsule spreads one unit of
+    attention over its votes. (EM and dynamic routing normalise over the outputs instead.)
     """
     return ((similarity + lambda2 * log_activation) / (lambda1 + lambda2)).softmax(-1)
 
@@ -71,26 +74,19 @@ def update_compatibility(similarity: Tensor, log_activation: Tensor, lambda1, la
 def update_pose(compatibility: Tensor, votes: Tensor) -> Tensor:
     """Eq. 4: mu = sum_i c_i v_i. (..., I), (..., I, D) -> (..., D).
 
-    The minimiser of `routing_objective` for the kernel -||mu - v||^2. For other kernels it may
-    raise the objective; the step that never does is `mean_shift_compatibility` before this one.
+    Minimises `routing_objective` for fixed C if k = -||mu - v||^2; with other kernels it may raise
+    it. The step that never does is the mean shift, see `SimilarityRouting`.
     """
     return torch.einsum("...i,...id->...d", compatibility, votes)
 
 
-def mean_shift_compatibility(compatibility: Tensor, log_slope: Tensor) -> Tensor:
-    """Weights c_i g_i / sum_l c_l g_l of one mean-shift step, g_i = -dk/d(||mu - v_i||^2).
-
-    compatibility (..., I), log_slope = log g (..., I) -> (..., I). Where k is convex in the squared
-    distance, as a mixture of Gaussians is, mu = sum_i of these weights times v_i never raises
-    `routing_objective` (minorise-maximise). In logarithms, since every g_i may underflow.
-    """
-    return (log_slope + compatibility.clamp_min(torch.finfo(compatibility.dtype).tiny).log()).softmax(-1)
-
-
 def routing_objective(similarity, compatibility, log_activation, lambda1, lambda2) -> Tensor:
-    """Eq. 2: J = - sum c k + lambda1 sum c log(c N) + lambda2 sum c log(c / a). (..., I) -> (...)."""
+    """Eq. 2: J = -sum c k + lambda1 sum c log(c N) + lambda2 sum c log(c / a).
+
+    similarity, compatibility, log_activation (..., I) -> (...).
+    """
     c, n = compatibility, compatibility.shape[-1]
-    log_c = c.clamp_min(torch.finfo(c.dtype).tiny).log()  # c log c -> 0 as c -> 0
+    log_c = c.clamp_min(torch.finfo(c.dtype).tiny).log()  # so that c log c -> 0 as c -> 0
     penalty = lambda1 * (log_c + math.log(n)) + lambda2 * (log_c - log_activation)
     return (c * (penalty - similarity)).sum(-1)
 
@@ -98,8 +94,8 @@ def routing_objective(similarity, compatibility, log_activation, lambda1, lambda
 def squared_distance(pose: Tensor, votes: Tensor) -> Tensor:
     """||mu - v_i||^2. (..., D), (..., I, D) -> (..., I).
 
-    As ||v||^2 - 2 mu.v + ||mu||^2, which compiles to half the passes over the votes that the square
-    of the difference takes; off by a few units of rounding of ||v||^2, which Eq. 1 keeps near 1.
+    As ||v||^2 - 2 mu.v + ||mu||^2, which compiles to half the passes over the votes that squaring
+    the difference takes. The error is a few roundings of ||v||^2, which Eq. 1 keeps near 1.
     """
     dot = (votes * pose.unsqueeze(-2)).sum(-1)
     norms = votes.square().sum(-1) + pose.square().sum(-1, keepdim=True)
@@ -107,46 +103,47 @@ def squared_distance(pose: Tensor, votes: Tensor) -> Tensor:
 
 
 class ReceptiveFields(NamedTuple):
-    """children (L, I): which input capsule each output position sees in each slot, as an index
-    into the (channel, *grid) of the input, flattened to num_inputs."""
+    """children (L, I): the input capsule in each slot of each output position's receptive field,
+    as an index below num_inputs into the flattened (C, *grid)."""
 
     children: Tensor
     num_inputs: int
 
 
 def log_softmax_over_parents(logits: Tensor, fields: ReceptiveFields | None) -> Tensor:
-    """Normalise over *all* parents of each child: (..., L, O, I) -> (..., L, O, I).
+    """Normalise over *all* parents of each child. (..., L, O, I) -> (..., L, O, I).
 
-    Where receptive fields overlap, the parents of a child are the O channels at each position that
-    sees it. Without `fields` no two positions share a child, and (..., O, I) is enough.
+    Where receptive fields overlap, a child's parents are the O channels of every position that
+    sees it. Without `fields` no two positions share a child, and (..., O, I) will do.
     """
     if fields is None:
         return logits.log_softmax(-2)
-    here = logits.logsumexp(-2).flatten(-2)  # (..., L*I): over the channels of one position
+    here = logits.logsumexp(-2).flatten(-2)  # (..., L*I): the parents at one position
     index = fields.children.flatten()
     top = here.new_full((*here.shape[:-1], fields.num_inputs), -math.inf)
     top = top.scatter_reduce(-1, index.expand_as(here), here.detach(), "amax")
     total = torch.zeros_like(top).index_add(-1, index, (here - top[..., index]).exp())
-    norm = total.log()[..., index] + top[..., index]  # log of the sum over all parents, per slot
+    norm = total.log()[..., index] + top[..., index]  # (..., L*I): the parents everywhere
     return logits - norm.unflatten(-1, fields.children.shape).unsqueeze(-2)
 
 
-# ------------------------------------------------------------------ Algorithm 1 and its instances
+# ---------------------------------------------------------------- Algorithm 1 and its instances
 
 
 class Routing(nn.Module):
     """Algorithm 1: alternate between compatibilities and poses, then decide on the activations.
 
-    A routing procedure is a subclass that defines `compatibility` and `activation` (and, where its
-    pose is not the plain weighted sum, `pose`); `state` is whatever it carries across iterations.
+    A routing procedure is a subclass that defines `compatibility` and `activation` (and `pose`,
+    where that is not the weighted sum); `state` is whatever it carries from one to the next.
 
     forward(votes (..., O, I, D), log_activation (..., I)) -> pose (..., O, D), logit (..., O)
-    Leading dimensions are free; with `fields`, the last of them is L, the output positions.
-    return_routing=True adds one tensor (..., O, ...) for each name in `reports`.
-    iterations=0 leaves the mean vote.
+        fields: which input capsules these are, then the last leading dimension is L. Only EM and
+            dynamic routing look at it: their positions compete for shared children.
+        return_routing: append what `reports` names; compatibility is (..., O, I).
+    iterations=0 is the mean vote.
 
         routing = SimilarityRouting(out_channels=16)
-        pose, logit = routing(torch.randn(2, 16, 72, 16), torch.randn(2, 72))  # (2, 16, 16), (2, 16)
+        pose, logit = routing(torch.randn(2, 16, 72, 9), torch.zeros(2, 72))  # (2, 16, 9), (2, 16)
     """
 
     reports = ("compatibility",)
@@ -156,76 +153,76 @@ class Routing(nn.Module):
         self.iterations = iterations
 
     def forward(self, votes, log_activation, fields=None, return_routing=False):
-        log_a = log_activation.unsqueeze(-2)  # (..., 1, I): all outputs see the same inputs
+        log_a = log_activation.unsqueeze(-2)  # (..., 1, I): every output sees the same inputs
         c = torch.full_like(votes[..., 0], 1 / votes.shape[-2])  # (..., O, I)
         mu, state = update_pose(c, votes), None
         for _ in range(self.iterations):
             c, state = self.compatibility(mu, votes, log_a, c, state, fields)
             mu = self.pose(mu, votes, c)
         logit = self.activation(mu, votes, log_a, c, state)
-        if not return_routing:
-            return mu, logit
-        return mu, logit, c, *self.report(mu, votes, log_a, c)
+        return (mu, logit, *self.report(mu, votes, log_a, c)) if return_routing else (mu, logit)
 
     def compatibility(self, mu, votes, log_a, c, state, fields):
-        """(..., O, D), (..., O, I, D), (..., 1, I), (..., O, I) -> c (..., O, I), state."""
+        """(..., O, D), (..., O, I, D), (..., 1, I), (..., O, I), state -> C (..., O, I), state."""
         raise NotImplementedError
 
     def pose(self, mu, votes, c):
         return update_pose(c, votes)
 
     def activation(self, mu, votes, log_a, c, state):
-        """The same shapes -> logit (..., O)."""
+        """The same arguments -> logit (..., O)."""
         raise NotImplementedError
 
-    def report(self, mu, votes, log_a, c) -> tuple:
-        """What `reports` names after the compatibilities."""
-        return ()
+    def report(self, mu, votes, log_a, c):
+        return (c,)
 
 
 class MeanRouting(Routing):
     """No routing: the mean vote, with the activation of Eq. 13. The baseline to beat.
 
-    out_channels O; num_kernels Q Gaussians (Eq. 15), widths spread geometrically over `widths`.
+    num_kernels: Q of Eq. 15, shared by the channels; their widths start spread over `widths`.
+    theta1: its initial value; logits need room, and k lies in (0, 1].
     """
 
-    def __init__(self, out_channels: int, iterations=0, num_kernels=4, widths=(0.1, 1.0)):
-        super().__init__(iterations)
-        low, high = (math.log(w) for w in widths)
-        self.log_width = nn.Parameter(torch.linspace(low, high, num_kernels))
+    def __init__(self, out_channels, num_kernels=4, widths=(0.1, 1.0), theta1=10.0):
+        super().__init__(iterations=0)
+        low, high = widths
+        self.log_width = nn.Parameter(torch.linspace(math.log(low), math.log(high), num_kernels))
         self.kernel_logit = nn.Parameter(torch.zeros(num_kernels))
-        self.theta = nn.Parameter(torch.tensor([[1.0], [0.0], [1.0]]).repeat(1, out_channels))
+        self.theta = nn.Parameter(torch.tensor([[theta1], [0.0], [1.0]]).repeat(1, out_channels))
 
-    def log_kernels(self, mu, votes) -> Tensor:
-        """log w_q - ||mu - v_i||^2 / (2 sigma_q^2): (..., O, I, Q)."""
+    def log_kernels(self, mu, votes):
+        """log(w_q) - ||mu - v_i||^2 / (2 sigma_q^2): (..., O, I, Q)."""
         d2 = squared_distance(mu, votes).unsqueeze(-1)
         return self.kernel_logit.log_softmax(0) - 0.5 * d2 * (-2 * self.log_width).exp()
 
-    def similarity(self, mu, votes) -> Tensor:
-        """Eq. 15: k(mu, v_i) = sum_q w_q exp(-||mu - v_i||^2 / (2 sigma_q^2)), in (0, 1]."""
+    def similarity(self, mu, votes):
+        """Eq. 15: k(mu, v_i) = sum_q w_q exp(-||mu - v_i||^2 / (2 sigma_q^2)), (..., O, I)."""
         return self.log_kernels(mu, votes).exp().sum(-1)
 
     def activation(self, mu, votes, log_a, c, state):
-        """Eq. 13: theta1 sum_i c_i k_i + theta2 + |theta3| sum_i c_i log a_i."""
-        agreement = (c * self.similarity(mu, votes)).sum(-1)
-        evidence = (c * log_a).sum(-1)
+        """Eq. 13: theta_1 sum_i c_i k_i + theta_2 + |theta_3| sum_i c_i log a_i."""
+        agreement, evidence = (c * self.similarity(mu, votes)).sum(-1), (c * log_a).sum(-1)
         return self.theta[0] * agreement + self.theta[1] + self.theta[2].abs() * evidence
 
 
 class SimilarityRouting(MeanRouting):
-    """Section 4.1: routing descends on the learned objective of Eq. 2.
+    """Section 4.1: routing descends on an objective (Eq. 2) whose parameters are learned.
 
-    lambda1, lambda2: initial values, then learned per output channel. mean_shift=True takes the
-    pose step that provably never raises the objective in place of the paper's mean.
+    lambda1, lambda2: initial values, then one of each per output channel.
+    mean_shift: the paper's pose, sum c_i v_i, may raise the objective. With mean_shift=True the
+        pose is sum c_i g_i v_i / sum c_i g_i, g_i = -dk/d(||mu - v_i||^2), which never does (k is
+        convex in the squared distance: minorise-maximise).
     """
 
     reports = ("compatibility", "objective")
 
-    def __init__(self, out_channels, iterations=3, num_kernels=4, widths=(0.1, 1.0),
-                 lambda1=12.0, lambda2=1.0, mean_shift=False):
-        super().__init__(out_channels, iterations, num_kernels, widths)
-        initial = torch.tensor([[lambda1], [lambda2]]).log()
-        self.log_lambda = nn.Parameter(initial.repeat(1, out_channels))
+    def __init__(self, out_channels, iterations=3, num_kernels=4, widths=(0.1, 1.0), theta1=10.0,
+                 lambda1=0.05, lambda2=0.05, mean_shift=False):
+        super().__init__(out_channels, num_kernels, widths, theta1)
+        self.iterations = iterations
+        lambdas = torch.tensor([[lambda1], [lambda2]], dtype=torch.get_default_dtype())
+        self.log_lambda = nn.Parameter(lambdas.log().repeat(1, out_channels))
         self.mean_shift = mean_shift
 
     def lambdas(self):
@@ -235,89 +232,86 @@ class SimilarityRouting(MeanRouting):
         return update_compatibility(self.similarity(mu, votes), log_a, *self.lambdas()), None
 
     def pose(self, mu, votes, c):
-        if self.mean_shift:
-            log_slope = (self.log_kernels(mu, votes) - 2 * self.log_width).logsumexp(-1)
-            c = mean_shift_compatibility(c, log_slope)
+        if self.mean_shift:  # c_i g_i in logarithms, since every g_i may underflow
+            log_g = (self.log_kernels(mu, votes) - 2 * self.log_width).logsumexp(-1)
+            c = (c.clamp_min(torch.finfo(c.dtype).tiny).log() + log_g).softmax(-1)
         return update_pose(c, votes)
 
     def report(self, mu, votes, log_a, c):
-        return (routing_objective(self.similarity(mu, votes), c, log_a, *self.lambdas()),)
+        return c, routing_objective(self.similarity(mu, votes), c, log_a, *self.lambdas())
 
 
 def mlp(*sizes: int) -> nn.Sequential:
-    """Linear layers with ReLU between them: mlp(16, 32, 1)."""
-    layers = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())]
+    """Linear layers with ReLU between them."""
+    layers = [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 
 class ConnectionistRouting(Routing):
-    """Section 4.2, Algorithm 2: one LSTM cell reads every vote, iteration after iteration.
+    """Section 4.2, Algorithm 2: one LSTM cell reads all votes, iteration after iteration.
 
-    [mu_j, v_ij, a_i, c_ij] -> cell -> phi -> c = softmax_i;  in the end logit a_j = psi(sum c s).
-    hidden_size: of the cell; phi, psi: sizes of the hidden layers (Table 2).
+    h, s <- cell([mu_j, v_ij, a_i, c_ij], (h, s));  c <- softmax_i(phi(h));  at the end, Eq. 14,
+    logit a_j = psi(sum_i c_i s_i). hidden_size: of the cell; phi, psi: hidden layers (Table 2).
     """
 
-    def __init__(self, pose_entries: int = 16, iterations=3, hidden_size=16, phi=(), psi=()):
+    def __init__(self, pose_entries=16, iterations=3, hidden_size=16, phi=(), psi=()):
         super().__init__(iterations)
         self.cell = nn.LSTMCell(2 * pose_entries + 2, hidden_size)
         self.phi = mlp(hidden_size, *phi, 1)
         self.psi = mlp(hidden_size, *psi, 1)
 
     def compatibility(self, mu, votes, log_a, c, state, fields):
-        cell, d = self.cell, mu.shape[-1]
-        w_mu, w_v, w_a, w_c = cell.weight_ih.split((d, d, 1, 1), dim=1)
-        # The cell on [mu, v, a, c], term by term: what votes and activations contribute never
-        # changes, mu's share is one vector per output, and in the first iteration h = s = 0.
+        # The cell, term by term: what v and a contribute to its gates is the same in every
+        # iteration, mu is one vector per output capsule, and at the start h = s = 0.
+        d = mu.shape[-1]
+        w_mu, w_v, w_a, w_c = self.cell.weight_ih.split((d, d, 1, 1), dim=1)
         if state is None:
-            a = log_a.exp().unsqueeze(-1)
-            constant = F.linear(votes, w_v, cell.bias_ih + cell.bias_hh) + a * w_a.mT
-            h, s = None, 0.0
+            bias = self.cell.bias_ih + self.cell.bias_hh
+            constant = F.linear(votes, w_v, bias) + log_a.exp().unsqueeze(-1) * w_a.mT
+            recurrent, s = 0, 0
         else:
             constant, h, s = state
-        gates = constant + F.linear(mu, w_mu).unsqueeze(-2) + c.unsqueeze(-1) * w_c.mT
-        if h is not None:
-            gates = gates + F.linear(h, cell.weight_hh)  # (..., O, I, 4*hidden)
-        i, f, g, o = gates.chunk(4, -1)
+            recurrent = F.linear(h, self.cell.weight_hh)
+        variable = F.linear(mu, w_mu).unsqueeze(-2) + c.unsqueeze(-1) * w_c.mT
+        i, f, g, o = (constant + variable + recurrent).chunk(4, -1)  # (..., O, I, hidden) each
         s = f.sigmoid() * s + i.sigmoid() * g.tanh()
         h = o.sigmoid() * s.tanh()
         return self.phi(h).flatten(-2).softmax(-1), (constant, h, s)
 
     def activation(self, mu, votes, log_a, c, state):
-        """Eq. 14. With iterations=0 no cell state exists yet: psi(0)."""
         s = c.new_zeros(*c.shape, self.cell.hidden_size) if state is None else state[2]
         return self.psi(update_pose(c, s)).flatten(-2)
 
 
 class EMRouting(Routing):
-    """EM routing (EM paper): a mixture of Gaussians whose components are the output capsules.
+    """EM routing (EM paper): votes cluster around Gaussians, one for each output capsule.
 
-    r_ij = R_ij a_i weighs vote i in the mean and variance of j, and c = r / sum_i r, so that
-    Algorithm 1's pose is the M-step; R_ij is normalised over all parents j of child i.
-    lambda_scale: the activations' inverse temperature is lambda_scale (1 - 0.95^(t+1)).
+    r_ij = R_ij a_i is the weight of vote i in cluster j, and C = r / sum_i r, so that the pose of
+    Algorithm 1 is the M-step's mean. R is normalised over all parents of a child.
+    The activation's lambda is inverse_temperature * (1 - 0.95^(t+1)) in iteration t = 0, 1, ...
     """
 
-    def __init__(self, out_channels: int, iterations=3, lambda_scale=0.01):
+    def __init__(self, out_channels, iterations=3, inverse_temperature=0.01):
         super().__init__(iterations)
-        self.lambda_scale = lambda_scale
+        self.inverse_temperature = inverse_temperature
         self.beta_u = nn.Parameter(torch.zeros(out_channels))
         self.beta_a = nn.Parameter(torch.zeros(out_channels))
 
     def m_step(self, mu, votes, c, mass, t):
-        """-> (variance (..., O, D), logit (..., O)); mass = sum_i r_ij, t counts from 0."""
+        """-> variance (..., O, D), logit (..., O). mass (..., O) = sum_i r_ij."""
         variance = torch.einsum("...i,...id->...d", c, (votes - mu.unsqueeze(-2)).square()) + 1e-5
         cost = (self.beta_u.unsqueeze(-1) + 0.5 * variance.log()).sum(-1) * mass
-        return variance, self.lambda_scale * (1 - 0.95 ** (t + 1)) * (self.beta_a - cost)
+        return variance, self.inverse_temperature * (1 - 0.95 ** (t + 1)) * (self.beta_a - cost)
 
     def compatibility(self, mu, votes, log_a, c, state, fields):
         if state is None:
-            t, logits = 0, torch.zeros_like(c)  # R_ij = 1 / number of parents of i
-        else:
+            t, logits = 0, torch.zeros_like(c)  # R_ij = 1 / the number of parents of i
+        else:  # E-step: log(a_j p_ij) without the factor of (2 pi)^(D/2) that all parents share
             t, mass = state
             variance, logit = self.m_step(mu, votes, c, mass, t - 1)
-            # log a_j p_ij; (2 pi)^(D/2) is the same for all parents
-            mahalanobis = ((votes - mu.unsqueeze(-2)).square() / variance.unsqueeze(-2)).sum(-1)
-            log_norm = F.logsigmoid(logit) - 0.5 * variance.log().sum(-1)
-            logits = log_norm.unsqueeze(-1) - 0.5 * mahalanobis
+            distance = ((votes - mu.unsqueeze(-2)).square() / variance.unsqueeze(-2)).sum(-1)
+            log_scale = F.logsigmoid(logit) - 0.5 * variance.log().sum(-1)
+            logits = log_scale.unsqueeze(-1) - 0.5 * distance
         log_r = log_softmax_over_parents(logits, fields) + log_a
         return log_r.softmax(-1), (t + 1, log_r.logsumexp(-1).exp())
 
@@ -329,25 +323,26 @@ class EMRouting(Routing):
 class DynamicRouting(Routing):
     """Dynamic routing (dynamic paper): c_ij = softmax of b_ij over all parents j of child i.
 
-    The pose is squash(s), s = sum_i c_ij v_ij; its length is the activation, which therefore is
-    read from the poses of the inputs, not from log_activation.
+    The pose is squash(s_j), s_j = sum_i c_ij v_ij. Its length is the activation, so that of an
+    input is in its vote already, and log_activation is not used.
     """
 
     def compatibility(self, mu, votes, log_a, c, state, fields):
-        b = torch.zeros_like(c) if state is None else state + torch.einsum("...id,...d->...i", votes, mu)
+        agreement = torch.einsum("...id,...d->...i", votes, mu)
+        b = torch.zeros_like(c) if state is None else state + agreement
         return log_softmax_over_parents(b, fields).exp(), b
 
     def pose(self, mu, votes, c):
         s = update_pose(c, votes)
         n2 = s.square().sum(-1, keepdim=True)
-        return s * (n2 + TINY).sqrt() / (1 + n2)  # squash(s) = ||s||^2 / (1 + ||s||^2) s / ||s||
+        return s * (n2 + TINY).sqrt() / (1 + n2)  # ||s||^2 / (1 + ||s||^2) in the direction of s
 
     def activation(self, mu, votes, log_a, c, state):
-        """||squash(s)|| = n2 / (1 + n2) with n2 = ||s||^2, so its logit is log n2."""
+        """a = ||squash(s)|| = ||s||^2 / (1 + ||s||^2), so logit a = log ||s||^2."""
         return (update_pose(c, votes).square().sum(-1) + TINY).log()
 
 
-# --------------------------------------------------------------------------------- the layers
+# ------------------------------------------------------------------------------- the layers
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -364,15 +359,15 @@ def receptive_fields(channels, grid, kernel_size, stride, device=None) -> Recept
     """Which input capsules each output position of such a convolution sees."""
     index = torch.arange(channels * math.prod(grid), device=device).view(channels, *grid)
     for axis, (k, s) in enumerate(zip(kernel_size, stride), start=1):
-        index = index.unfold(axis, k, s)  # (C, *out, *kernel)
+        index = index.unfold(axis, k, s)  # in the end (C, *out, *kernel)
     index = index.movedim(0, len(grid)).flatten(len(grid)).flatten(0, -2)  # (L, I)
     return ReceptiveFields(index, channels * math.prod(grid))
 
 
 def add_coordinates(pose: Tensor) -> Tensor:
-    """Add (index + 0.5) / size along each spatial axis to the first entries of each pose.
+    """Add (index + 0.5) / size along each axis of the grid to the first entries of every pose.
 
-    pose (B, C, *grid, P, P) -> the same shape.
+    (B, C, *grid, P, P) -> the same shape.
     """
     *grid, side, _ = pose.shape[2:]
     axes = [(torch.arange(n, device=pose.device, dtype=pose.dtype) + 0.5) / n for n in grid]
@@ -381,10 +376,10 @@ def add_coordinates(pose: Tensor) -> Tensor:
 
 
 class PrimaryCaps(nn.Module):
-    """Features to capsules: (B, channels, *grid) -> pose (B, C, *grid, P, P), logit (B, C, *grid).
+    """Features to capsules: (B, features, *grid) -> pose (B, C, *grid, P, P), logit (B, C, *grid).
 
-    Poses have Frobenius norm 1. With activation_as_length=True they have norm a instead, which is
-    where dynamic routing looks for it.
+    Poses have Frobenius norm 1, or, with activation_as_length=True, norm a: what dynamic routing
+    expects of its inputs.
     """
 
     def __init__(self, in_channels, out_channels, pose_size=4, kernel_size=1, stride=1,
@@ -406,39 +401,41 @@ class PrimaryCaps(nn.Module):
 
 
 class ConvCaps(nn.Module):
-    """Convolutional capsules in 1, 2 or 3 dimensions, routed by `routing`.
+    """Convolutional capsules in 1, 2 or 3 dimensions, without padding.
 
     pose (B, C, *grid, P, P), logit (B, C, *grid) -> pose (B, O, *out, P, P), logit (B, O, *out)
-    With return_routing=True also what the routing reports, such as {"compatibility":
-    (B, O, *out, I)}, the inputs I channel by channel, each with its kernel's cells in row-major
-    order. ValueError if the grid or the number of channels does not fit.
+    return_routing=True appends a dict of what the routing reports: "compatibility" is
+    (B, O, *out, I), the inputs I channel by channel, in each the cells of the kernel row by row.
+    ValueError if the grid is smaller than the kernel, or the number of channels is not in_channels.
 
-    kernel_size, stride: a number, or one per spatial dimension.
+    kernel_size, stride: a number, or one for each spatial dimension.
     coordinates: add each input's position to its pose before it votes.
-    max_votes: how many entries of the votes to hold at a time. A larger batch is routed in chunks
-        of whole images, which backward computes again: memory stays bounded at any batch size.
+    max_votes: about how many entries of the votes to hold at a time. A larger batch is routed in
+        chunks of whole images, which backward computes anew: memory is bounded at any batch size.
 
         layer = ConvCaps(8, 16, kernel_size=3, stride=2, routing=SimilarityRouting(16))
         pose, logit = layer(torch.randn(2, 8, 14, 14, 4, 4), torch.randn(2, 8, 14, 14))
         # (2, 16, 6, 6, 4, 4), (2, 16, 6, 6)
     """
 
-    def __init__(self, in_channels, out_channels, kernel_size, routing: Routing, stride=1,
-                 pose_size=4, spatial_dims=2, coordinates=True, max_votes=None):
+    def __init__(self, in_channels, out_channels, kernel_size, routing, stride=1, pose_size=4,
+                 spatial_dims=2, coordinates=True, max_votes=None):
         super().__init__()
-        self.kernel_size = (kernel_size,) * spatial_dims if isinstance(kernel_size, int) else tuple(kernel_size)
-        self.stride = (stride,) * spatial_dims if isinstance(stride, int) else tuple(stride)
-        self.coordinates, self.max_votes = coordinates, max_votes
+        self.kernel_size, self.stride = (
+            (n,) * spatial_dims if isinstance(n, int) else tuple(n) for n in (kernel_size, stride))
+        if len(self.kernel_size) != spatial_dims or len(self.stride) != spatial_dims:
+            raise ValueError(f"kernel_size {self.kernel_size}, stride {self.stride}: "
+                             f"expected {spatial_dims} numbers each, as many as spatial_dims")
+        self.in_channels, self.coordinates, self.max_votes = in_channels, coordinates, max_votes
         inputs = in_channels * math.prod(self.kernel_size)
         noise = torch.empty(inputs, out_channels, pose_size, pose_size).uniform_(-0.1, 0.1)
-        self.weight = nn.Parameter(torch.eye(pose_size) + noise)  # near the identity: author's code
+        self.weight = nn.Parameter(torch.eye(pose_size) + noise)  # the author's initial values
         self.routing = routing
 
     def forward(self, pose, logit, return_routing=False):
         channels, *grid = logit.shape[1:]
-        if channels * math.prod(self.kernel_size) != self.weight.shape[0]:
-            expected = self.weight.shape[0] // math.prod(self.kernel_size)
-            raise ValueError(f"the input has {channels} capsule channels, expected {expected}")
+        if channels != self.in_channels:
+            raise ValueError(f"{channels} channels of capsules, expected {self.in_channels}")
         out = output_grid(grid, self.kernel_size, self.stride)
         fields = receptive_fields(channels, grid, self.kernel_size, self.stride, logit.device)
         if self.coordinates:
@@ -446,42 +443,44 @@ class ConvCaps(nn.Module):
         pose = pose.flatten(1, -3)[:, fields.children]  # (B, L, I, P, P)
         log_a = F.logsigmoid(logit).flatten(1)[:, fields.children]  # (B, L, I)
 
-        votes_per_image = fields.children.shape[0] * self.weight.numel()
-        images = max(1, (self.max_votes or math.inf) // votes_per_image)
-        if images >= len(pose):
+        size = len(pose)
+        if self.max_votes is not None:  # chunks of one size, so that a compiled `route` is reused
+            most = self.max_votes // (fields.children.shape[0] * self.weight.numel())
+            size = next((n for n in range(min(most, size), 1, -1) if size % n == 0), 1)
+        if size == len(pose):
             results = self.route(pose, log_a, fields, return_routing)
         else:
-            chunks = [checkpoint(self.route, p, a, fields, return_routing, use_reentrant=False,
-                                 preserve_rng_state=False)
-                      for p, a in zip(pose.split(images), log_a.split(images))]
+            chunks = [checkpoint(self.route, p, a, fields, return_routing, use_reentrant=False)
+                      for p, a in zip(pose.split(size), log_a.split(size))]
             results = [torch.cat(parts) for parts in zip(*chunks)]
-        mu, logit, *report = (x.transpose(1, 2).unflatten(2, out) for x in results)  # (B, O, *out, ...)
+        mu, logit, *report = (x.transpose(1, 2).unflatten(2, out) for x in results)
         mu = mu.unflatten(-1, pose.shape[-2:])
-        return (mu, logit, dict(zip(self.routing.reports, report))) if return_routing else (mu, logit)
+        report = [dict(zip(self.routing.reports, report))] if return_routing else []
+        return mu, logit, *report
 
     def route(self, pose, log_a, fields, return_routing=False):
-        """Votes and routing of whole images: (B, L, I, P, P), (B, L, I) -> (B, L, O, D), (B, L, O)."""
+        """Vote and route: (B, L, I, P, P), (B, L, I) -> (B, L, O, D), (B, L, O). To be compiled."""
         votes = compute_votes(pose, self.weight)  # (B, L, O, I, D)
-        kind = votes.device.type
-        if torch.is_autocast_enabled(kind):  # the routing itself needs more than bfloat16's 8 bits
+        device = votes.device.type
+        if torch.is_autocast_enabled(device):  # consensus needs more than the 8 bits of bfloat16
             votes, log_a = votes.float(), log_a.float()
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(device, enabled=False):
             return self.routing(votes, log_a, fields, return_routing)
 
 
-# -------------------------------------------------------------------------------- the network
+# ------------------------------------------------------------------------------ the network
+
+ROUTINGS = ("similarity", "connectionist", "em", "dynamic", "mean")
 
 
 def make_routing(name, layer, out_channels, pose_size=4, **options) -> Routing:
-    """The routing `name` of capsule layer 0, 1 or 2, sized as in the paper (Table 2, Eq. 15)."""
-    num_kernels = (4, 4, 10)[layer]
-    if name == "similarity":
-        return SimilarityRouting(out_channels, num_kernels=num_kernels, **options)
-    if name == "mean":
-        return MeanRouting(out_channels, num_kernels=num_kernels, **options)
+    """The routing for capsule layer 0, 1 or 2, as the paper sizes it (Q of Eq. 15; Table 2)."""
+    if name in ("similarity", "mean"):
+        options = {"num_kernels": (4, 4, 10)[layer], "theta1": (10.0, 10.0, 30.0)[layer], **options}
+        return (SimilarityRouting if name == "similarity" else MeanRouting)(out_channels, **options)
     if name == "connectionist":
-        phi, psi = ((), (32, 32), (64, 64))[layer], ((), (64, 64), (124, 124))[layer]
-        return ConnectionistRouting(pose_size**2, phi=phi, psi=psi, **options)
+        phi, psi = (((), ()), ((32, 32), (64, 64)), ((64, 64), (124, 124)))[layer]
+        return ConnectionistRouting(pose_size**2, **{"phi": phi, "psi": psi, **options})
     if name == "em":
         return EMRouting(out_channels, **options)
     if name == "dynamic":
@@ -489,20 +488,17 @@ def make_routing(name, layer, out_channels, pose_size=4, **options) -> Routing:
     raise ValueError(f"routing {name!r}: expected one of {', '.join(ROUTINGS)}")
 
 
-ROUTINGS = ("similarity", "connectionist", "em", "dynamic", "mean")
-
-
 class CapsNet(nn.Module):
-    """Table 1: convolution, primary capsules, two layers of convolutional capsules, class capsules.
+    """Table 1: a convolution, primary capsules, two convolutional capsule layers, class capsules.
 
-    image_shape: (channels, *spatial), one to three spatial dimensions of at least 17 each.
+    image_shape: (channels, *spatial), one to three spatial dimensions of 17 or more each.
+    routing: one of ROUTINGS; routing_options go to the routing of all three layers: iterations=2.
     channels: of the convolution and of the three capsule layers below the classes.
-    routing: one of ROUTINGS; routing_options go to its three instances, iterations=3 for one.
     coordinates, max_votes: see `ConvCaps`.
 
-    forward(images (B, *image_shape)) -> poses (B, num_classes, P, P), logits (B, num_classes);
-    with return_routing=True also a list, the report of each of the three routed layers.
-    ValueError if image_shape is too small for the kernels, or images have another shape.
+    forward(images (B, *image_shape)) -> poses (B, num_classes, P, P), logits (B, num_classes)
+    return_routing=True appends a list, the report of each routed layer (see `ConvCaps`).
+    ValueError if image_shape is too small for the kernels, or the images have another shape.
     """
 
     def __init__(self, image_shape, num_classes, routing="similarity", channels=(64, 8, 16, 16),
@@ -511,40 +507,44 @@ class CapsNet(nn.Module):
         self.image_shape = tuple(image_shape)
         in_channels, *grid = self.image_shape
         dims = len(grid)
+        if dims not in CONV:
+            raise ValueError(f"image_shape {self.image_shape}: expected (channels, *spatial), "
+                             "one to three spatial dimensions")
         try:
             for kernel, stride in ((5, 2), (3, 2), (3, 1)):
                 grid = output_grid(grid, (kernel,) * dims, (stride,) * dims)
         except ValueError as error:
             raise ValueError(f"image_shape {self.image_shape}: {error}") from None
-        features, primary, *widths = channels
+        features, primary, *hidden = channels
         self.conv = nn.Sequential(CONV[dims](in_channels, features, kernel_size=5, stride=2),
                                   nn.ReLU(), BATCH_NORM[dims](features))
         self.primary = PrimaryCaps(features, primary, pose_size, spatial_dims=dims,
                                    activation_as_length=routing == "dynamic")
-        widths = [primary, *widths, num_classes]
-        kernels = (3, 3, grid)  # the class layer's kernel covers the grid
-        self.caps = nn.ModuleList(
-            ConvCaps(i, o, kernel, make_routing(routing, layer, o, pose_size, **routing_options),
-                     stride, pose_size, dims, coordinates, max_votes)
-            for layer, (i, o, kernel, stride) in enumerate(zip(widths, widths[1:], kernels, (2, 1, 1))))
+        if routing == "dynamic":  # a position would lengthen the poses, and length is presence
+            coordinates = False
+        widths, kernels, strides = (primary, *hidden, num_classes), (3, 3, grid), (2, 1, 1)
+        self.caps = nn.ModuleList(  # the kernel of the class capsules covers the grid
+            ConvCaps(widths[n], widths[n + 1], kernels[n],
+                     make_routing(routing, n, widths[n + 1], pose_size, **routing_options),
+                     strides[n], pose_size, dims, coordinates, max_votes) for n in range(3))
 
     def forward(self, images, return_routing=False):
         if images.shape[1:] != self.image_shape:
-            raise ValueError(f"images {tuple(images.shape)}: expected (B, {self.image_shape})")
+            raise ValueError(f"images of {tuple(images.shape)}, expected (B, *{self.image_shape})")
         pose, logit = self.primary(self.conv(images))
         reports = []
         for layer in self.caps:
             pose, logit, *report = layer(pose, logit, return_routing)
             reports += report
-        poses, logits = pose.flatten(1, -3), logit.flatten(1)  # the class grid is one position
-        return (poses, logits, reports) if return_routing else (poses, logits)
+        outputs = pose.flatten(1, -3), logit.flatten(1)  # the classes' grid is a single cell
+        return (*outputs, reports) if return_routing else outputs
 
 
 def spread_loss(logits: Tensor, target: Tensor, margin: float) -> Tensor:
-    """EM paper: sum over i != t of max(0, margin - (a_t - a_i))^2, mean over the batch.
+    """EM paper: sum over i != t of max(0, margin - (a_t - a_i))^2, then the mean over the batch.
 
-    logits (B, classes), target (B,) int64; the EM paper raises the margin from 0.2 to 0.9.
+    logits (B, classes), target (B,) int64. The EM paper raises the margin from 0.2 to 0.9.
     """
     a = logits.sigmoid()
-    gap = (margin - (a.gather(1, target[:, None]) - a)).clamp_min(0).square()
-    return (gap.sum(1) - margin**2).mean()  # the target's own term is margin^2
+    shortfall = (margin - (a.gather(1, target[:, None]) - a)).clamp_min(0).square()
+    return (shortfall.sum(1) - margin**2).mean()  # less the target's own term
