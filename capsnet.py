@@ -184,7 +184,7 @@ class MeanRouting(Routing):
     theta1: its initial value; logits need room, and k lies in (0, 1].
     """
 
-    def __init__(self, out_channels, num_kernels=4, widths=(0.1, 1.0), theta1=10.0):
+    def __init__(self, out_channels, num_kernels=4, widths=(0.1, 1.0), theta1=20.0):
         super().__init__(iterations=0)
         low, high = widths
         self.log_width = nn.Parameter(torch.linspace(math.log(low), math.log(high), num_kernels))
@@ -217,8 +217,8 @@ class SimilarityRouting(MeanRouting):
 
     reports = ("compatibility", "objective")
 
-    def __init__(self, out_channels, iterations=3, num_kernels=4, widths=(0.1, 1.0), theta1=10.0,
-                 lambda1=0.05, lambda2=0.05, mean_shift=False):
+    def __init__(self, out_channels, iterations=3, num_kernels=4, widths=(0.1, 1.0), theta1=20.0,
+                 lambda1=0.2, lambda2=0.2, mean_shift=False):
         super().__init__(out_channels, num_kernels, widths, theta1)
         self.iterations = iterations
         lambdas = torch.tensor([[lambda1], [lambda2]], dtype=torch.get_default_dtype())
@@ -476,7 +476,7 @@ ROUTINGS = ("similarity", "connectionist", "em", "dynamic", "mean")
 def make_routing(name, layer, out_channels, pose_size=4, **options) -> Routing:
     """The routing for capsule layer 0, 1 or 2, as the paper sizes it (Q of Eq. 15; Table 2)."""
     if name in ("similarity", "mean"):
-        options = {"num_kernels": (4, 4, 10)[layer], "theta1": (10.0, 10.0, 30.0)[layer], **options}
+        options = {"num_kernels": (4, 4, 10)[layer], "theta1": (20.0, 20.0, 60.0)[layer], **options}
         return (SimilarityRouting if name == "similarity" else MeanRouting)(out_channels, **options)
     if name == "connectionist":
         phi, psi = (((), ()), ((32, 32), (64, 64)), ((64, 64), (124, 124)))[layer]
