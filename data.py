@@ -48,7 +48,7 @@ class Spec(NamedTuple):
 TOYS = ("animal", "human", "airplane", "truck", "car")
 POSES = ((0, 0, -1, 0), (9, 8, 34, 5))
 SPECS = {
-    "toys": Spec(TOYS, 1, 48, 32, 2.0, 0.5, 24300, POSES),
+    "toys": Spec(TOYS, 1, 48, 32, 0.5, 0.25, 24300, POSES),
     "mnist": Spec(tuple("0123456789"), 1, 32, 28, 0.0, 0.0, 60000, ((-1,) * 4, (-1,) * 4)),
     "smallnorb": Spec(TOYS, 2, 48, 32, 2.0, 0.5, 24300, POSES),
 }
