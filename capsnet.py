@@ -35,6 +35,8 @@ Where this departs from the paper, or chooses what the paper leaves open
     * The author starts at lambda1 = 12 and lambda2 = 1. There, and with theta_1 = 1, C is uniform
       and the class logits of all images are nearly equal: in 200 steps nothing was learned. The
       defaults here won short trials on held-out training toys (README).
+    * Connectionist routing starts with larger weights than PyTorch's: with those, its class logits
+      differ by 5e-5 between images, and 700 images later it had learned nothing.
     * Dynamic routing gets no coordinates: they would lengthen the poses, and length is presence.
 """
 
@@ -243,8 +245,11 @@ class SimilarityRouting(MeanRouting):
 
 
 def mlp(*sizes: int) -> nn.Sequential:
-    """Linear layers with ReLU between them."""
+    """Linear layers with ReLU between them, that neither amplify nor fade their input at first."""
     layers = [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o), nn.ReLU())]
+    for linear in layers[::2]:
+        nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+        nn.init.zeros_(linear.bias)
     return nn.Sequential(*layers[:-1])
 
 
@@ -258,6 +263,8 @@ class ConnectionistRouting(Routing):
     def __init__(self, pose_entries=16, iterations=3, hidden_size=16, phi=(), psi=()):
         super().__init__(iterations)
         self.cell = nn.LSTMCell(2 * pose_entries + 2, hidden_size)
+        with torch.no_grad():  # its initial weights expect entries near 1, poses have a norm near 1
+            self.cell.weight_ih[:, : 2 * pose_entries] *= math.sqrt(pose_entries)
         self.phi = mlp(hidden_size, *phi, 1)
         self.psi = mlp(hidden_size, *psi, 1)
 
