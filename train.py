@@ -174,7 +174,7 @@ def error_of(confusion):
 def show(confusion, classes, name):
     wrong = int(confusion.sum() - confusion.trace())
     print(f"{name} error {error_of(confusion):.2f} %: {wrong} of {int(confusion.sum())} images")
-    width = max(map(len, classes)) + 2
+    width = max(map(len, (*classes, str(int(confusion.max()))))) + 2
     print("true, predicted".ljust(16) + "".join(c.rjust(width) for c in classes))
     for label, row in zip(classes, confusion.tolist()):
         print(label.ljust(16) + "".join(str(n).rjust(width) for n in row))
@@ -191,7 +191,8 @@ def train(net, fit, held_out, args, checkpoint, out):
     """Train to the last epoch, saving on the way; `held_out` is scored after every epoch.
 
     All that the next step depends on is in the checkpoint, so a resumed run repeats the
-    uninterrupted one bit for bit on the same machine. Returns the rows of metrics.csv.
+    uninterrupted one bit for bit on the same machine. Returns the rows of metrics.csv and the
+    last confusion counts, None without `held_out`.
     """
     spec, device = data.SPECS[args.dataset], torch.device(args.device)
     size, per_epoch = args.batch_size, max(1, len(fit.labels) // args.batch_size)
@@ -205,6 +206,7 @@ def train(net, fit, held_out, args, checkpoint, out):
         noise.set_state(checkpoint["noise"])
         tally.copy_(checkpoint["tally"])
         step, rows, earlier = (checkpoint[k] for k in ("step", "rows", "seconds"))
+    confusion = None
     first, start, shown, saved = step, time.time(), time.time(), time.time()
 
     def seconds():
@@ -268,7 +270,8 @@ def train(net, fit, held_out, args, checkpoint, out):
         row = dict(epoch=epoch + 1, step=step, loss=loss / images,
                    training_error=100 * wrong / images)
         if held_out:
-            row["validation_error"] = error_of(evaluate(net, held_out, args))
+            confusion = evaluate(net, held_out, args)
+            row["validation_error"] = error_of(confusion)
             print(f"validation error {row['validation_error']:.2f} %", flush=True)
         rows.append({**row, "seconds": round(seconds(), 1)})
         tally.zero_()
@@ -276,7 +279,7 @@ def train(net, fit, held_out, args, checkpoint, out):
         write_aside(out / "metrics.csv", lambda path: write_csv(path, rows))
     for s, handler in before.items():
         signal.signal(s, handler)
-    return rows
+    return rows, confusion
 
 
 def main(argv=None):
@@ -314,11 +317,12 @@ def main(argv=None):
     print(f"{args.routing} routing on {args.dataset}: {len(fit.labels)} training images, "
           f"{sum(p.numel() for p in net.parameters())} parameters, {args.device}, run in {out}")
     try:
-        rows = train(net, fit, held_out if args.validate else None, args, checkpoint, out)
+        rows, confusion = train(net, fit, held_out if args.validate else None, args, checkpoint, out)
     except Stopped:
         print(f"\nsaved; to continue: python train.py --resume {out / 'checkpoint.pt'}")
         sys.exit(130)
-    confusion = evaluate(net, held_out, args)
+    if confusion is None:
+        confusion = evaluate(net, held_out, args)
     show(confusion, classes, name)
     settings = {k: v for k, v in vars(args).items() if k not in LOCAL}
     result = {f"{name}_error": error_of(confusion), "seconds": rows[-1]["seconds"] if rows else 0,
