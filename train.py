@@ -317,7 +317,8 @@ def main(argv=None):
     print(f"{args.routing} routing on {args.dataset}: {len(fit.labels)} training images, "
           f"{sum(p.numel() for p in net.parameters())} parameters, {args.device}, run in {out}")
     try:
-        rows, confusion = train(net, fit, held_out if args.validate else None, args, checkpoint, out)
+        validation = held_out if args.validate else None
+        rows, confusion = train(net, fit, validation, args, checkpoint, out)
     except Stopped:
         print(f"\nsaved; to continue: python train.py --resume {out / 'checkpoint.pt'}")
         sys.exit(130)
