@@ -1013,6 +1013,8 @@ def test_weights_of_another_network_and_existing_runs_are_refused(small_mnist, t
     before = (out / "weights.pt").read_bytes()
     with pytest.raises(SystemExit, match="weights of another network"):
         train.main(["--eval", str(out / "weights.pt"), "--routing", "em", *small_mnist[2:5]])
+    with pytest.raises(SystemExit, match="weights only, expected the checkpoint.pt"):
+        train.main(["--resume", str(out / "weights.pt"), *small_mnist[2:5]])
     (out / "checkpoint.pt").touch()
     with pytest.raises(SystemExit, match="holds a run already"):
         train.main([*small_mnist, "--epochs", "0", "--out", str(out)])

@@ -73,6 +73,8 @@ def parse(argv=None):
     args, checkpoint = parser.parse_args(argv), None
     if path := args.resume or args.eval:
         checkpoint = load_checkpoint(path)
+        if args.resume and "optimizer" not in checkpoint:
+            fail(f"--resume {path}: weights only, expected the checkpoint.pt of a run")
         parser.set_defaults(**checkpoint["settings"])
         args = parser.parse_args(argv)
     if args.epochs is None:
@@ -339,3 +341,5 @@ if __name__ == "__main__":
         main()
     except data.DataError as error:
         fail(error)
+    except KeyboardInterrupt:  # before or after the training, which saves itself
+        fail("interrupted")
