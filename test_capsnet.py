@@ -543,6 +543,13 @@ def test_image_shapes(shape):
     assert poses.isfinite().all() and logits.isfinite().all()
 
 
+def test_absent_capsules_have_no_vote_in_dynamic_routing():
+    """Their length is zero, and no coordinates may lengthen them."""
+    layer = tiny_net("dynamic").caps[0]
+    _, logit = layer(torch.zeros(1, 2, 7, 8, 2, 2), torch.zeros(1, 2, 7, 8))
+    assert logit.sigmoid().max() < 1e-6
+
+
 @every_network
 def test_batch_of_one_equals_the_same_image_in_a_batch(name):
     net, images = tiny_net(name).double(), rand(3, 1, 17, 19)
