@@ -27,7 +27,7 @@ from capsnet import ROUTINGS, CapsNet, spread_loss
 EPOCHS = {"toys": 1, "mnist": 5, "smallnorb": 30}
 # Where and how to run, not what is trained: a checkpoint does not impose these on its successor.
 LOCAL = ("resume", "eval", "out", "data_dir", "device", "compile", "max_votes")
-# On a CPU, votes that stay in the cache are routed fastest; the LSTM's gates are 4 times as many.
+# On a CPU, few votes at a time stay near the cache; the LSTM's gates are 4 times as many.
 CPU_VOTES = {"connectionist": 660_000}
 EVAL_BATCH = 128
 
@@ -63,8 +63,8 @@ def parse(argv=None):
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
     add("--amp", action="store_true", help="bfloat16 autocast")
     add("--compile", action=argparse.BooleanOptionalAction, default=compiler is not None,
-        help="fuse the routing with torch.compile: several times faster after half a minute")
-    add("--max-votes", type=int, help="vote entries to hold at a time; on a GPU, if not all")
+        help="fuse the routing with torch.compile: faster, after half a minute")
+    add("--max-votes", type=int, help="vote entries to hold at a time, if not all (CPU: 2.7 million)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to run on")
     add("--data-dir", default="datasets", help="where the data sets are, or will be put")
     add("--out", help="folder for the run, if not a new one in runs/")
@@ -89,11 +89,17 @@ def parse(argv=None):
 def load_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {**checkpoint, "settings": {**checkpoint["settings"]}, "model": checkpoint["model"]}
+        if not isinstance(checkpoint["settings"], dict) or "model" not in checkpoint:
+            raise ValueError
+        return checkpoint
     except OSError as error:
         fail(f"{path}: {error.strerror}")
     except Exception as error:  # the unpickler may raise anything on a damaged or foreign file
         fail(f"{path}: not a checkpoint of this program ({type(error).__name__})")
+
+
+def settings_of(args):
+    return {name: value for name, value in vars(args).items() if name not in LOCAL}
 
 
 def write_aside(path, write):
@@ -215,9 +221,9 @@ def train(net, fit, held_out, args, checkpoint, out):
         return earlier + time.time() - start
 
     def save():
-        settings = {k: v for k, v in vars(args).items() if k not in LOCAL}
-        state = dict(settings=settings, model=net.state_dict(), optimizer=optimizer.state_dict(),
-                     noise=noise.get_state(), tally=tally, step=step, rows=rows, seconds=seconds())
+        state = dict(settings=settings_of(args), model=net.state_dict(),
+                     optimizer=optimizer.state_dict(), noise=noise.get_state(), tally=tally,
+                     step=step, rows=rows, seconds=seconds())
         write_aside(out / "checkpoint.pt", lambda path: torch.save(state, path))
 
     def progress(end):
@@ -327,7 +333,7 @@ def main(argv=None):
     if confusion is None:
         confusion = evaluate(net, held_out, args)
     show(confusion, classes, name)
-    settings = {k: v for k, v in vars(args).items() if k not in LOCAL}
+    settings = settings_of(args)
     result = {f"{name}_error": error_of(confusion), "seconds": rows[-1]["seconds"] if rows else 0,
               "settings": settings, "confusion": confusion.tolist()}
     write_aside(out / "result.json", lambda path: path.write_text(json.dumps(result) + "\n"))
