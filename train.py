@@ -64,7 +64,7 @@ def parse(argv=None):
     add("--amp", action="store_true", help="bfloat16 autocast")
     add("--compile", action=argparse.BooleanOptionalAction, default=compiler is not None,
         help="fuse the routing with torch.compile: faster, after half a minute")
-    add("--max-votes", type=int, help="vote entries to hold at a time, if not all (CPU: 2.7 million)")
+    add("--max-votes", type=int, help="vote entries held at a time, if not all (CPU: 2.7 million)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to run on")
     add("--data-dir", default="datasets", help="where the data sets are, or will be put")
     add("--out", help="folder for the run, if not a new one in runs/")
