@@ -14,11 +14,13 @@ import hashlib
 import http.server
 import math
 import os
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from itertools import product
 from pathlib import Path
@@ -473,7 +475,8 @@ def test_extreme_inputs_give_finite_values_and_gradients(name, extreme, autocast
 
 
 @every_routing
-def test_chunks_change_neither_values_nor_gradients_nor_reports(name):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_chunks_change_neither_values_nor_gradients_nor_reports(name, recompute):
     layer, results = small_layer(name), []
     pose, logit = rand(6, 2, 5, 2, 2), rand(6, 2, 5)
     layer.routing.register_forward_hook(lambda module, args, _: sizes.append(len(args[0])))
@@ -483,8 +486,21 @@ def test_chunks_change_neither_values_nor_gradients_nor_reports(name):
         mu, out, report = layer(pose, logit, return_routing=True)
         assert sizes == expected
         results.append([mu, out, *report.values()])
+        layer.recompute = recompute  # for all but the first
     for chunked in results[1:]:
         assert_same(chunked, results[0], [pose, logit, *layer.parameters()])
+
+
+@every_routing
+def test_recompute_keeps_no_votes_for_backward(name):
+    layer = ConvCaps(2, 8, 3, MAKE[name](8), pose_size=2, spatial_dims=1)
+    pose, logit = torch.randn(6, 2, 50, 2, 2, requires_grad=True), torch.randn(6, 2, 50)
+    votes = 6 * 48 * 8 * 6 * 4  # images, positions, outputs, inputs, entries of a pose
+    for layer.recompute, layer.max_votes in ((False, None), (True, votes // 6)):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()), id):
+            layer(pose, logit)
+        assert (max(kept) >= votes) != layer.recompute and (sum(kept) >= votes) != layer.recompute
 
 
 @every_routing
@@ -604,8 +620,22 @@ def test_torch_compile_traces_the_routing_of_a_layer_whole(name):
     layer = tiny_net(name).caps[0]
     pose, logit = torch.randn(2, 2, 7, 8, 2, 2), torch.randn(2, 2, 7, 8)
     expected = layer(pose, logit)
-    layer.route = torch.compile(layer.route, backend="eager", fullgraph=True)
+    layer.routing.compile(backend="eager", fullgraph=True)
     torch.testing.assert_close(layer(pose, logit), expected)
+
+
+@pytest.mark.parametrize("name, backend", [(n, "aot_eager") for n in MAKE] + [pytest.param(
+    "similarity", "inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="no g++"))])
+def test_compiled_routing_equals_the_plain_one_in_values_and_all_gradients(name, backend):
+    """In C++ (inductor) only the default routing: it takes longer than all other tests here."""
+    torch.compiler.reset()
+    layer = small_layer(name, outputs=3)
+    pose, logit = rand(2, 2, 5, 2, 2), rand(2, 2, 5)
+    expected = layer(pose, logit)
+    layer.routing.compile(backend=backend, fullgraph=True)
+    assert_same(layer(pose, logit), expected, [pose, logit, *layer.parameters()])
+    with torch.no_grad():  # compiled apart from the above
+        torch.testing.assert_close(layer(pose, logit), expected, rtol=1e-9, atol=1e-10)
 
 
 # --------------------------------------------------------------------------------- data.py
@@ -970,6 +1000,85 @@ def test_a_stopped_and_resumed_run_repeats_the_uninterrupted_one(small_mnist, tm
     capsys.readouterr()
     train.main(["--eval", str(whole / "weights.pt"), *small_mnist[2:5]])
     assert "of 24 images" in capsys.readouterr().out
+
+
+def test_benchmark_prints_a_row_for_every_routing_and_needs_no_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "seconds_per_call", lambda call, *args, **options: call() or 0.5)
+    train.main(["--benchmark", "--no-compile", "--batch-size", "2", "--device", "cpu",
+                "--data-dir", str(tmp_path / "none")])
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[4:]]
+    assert [row[0].strip() for row in rows] == list(cn.ROUTINGS)
+    assert all(float(row[1]) == float(row[2]) == 4 and float(row[3]) > 10 for row in rows)
+    assert not (tmp_path / "none").exists()
+
+
+def test_peak_and_time_of_the_benchmark_are_those_of_the_call():
+    def call():
+        first = torch.ones(1000, 250)  # a megabyte each
+        first = first + 1
+        return first.sum()
+    assert 2_000_000 <= train.peak_bytes(call, torch.device("cpu")) < 2_001_000
+    seconds = train.seconds_per_call(lambda: time.sleep(0.02), torch.device("cpu"), budget=0.1)
+    assert 0.02 <= seconds < 0.06
+
+
+HOSTILE = {  # key of the checkpoint, value, what the message says
+    "dataset": ("settings", {"dataset": "faces"}, "--dataset: invalid choice: 'faces'"),
+    "number": ("settings", {"dataset": "mnist", "lr": "high"}, "--lr: invalid float value: 'high'"),
+    "negative": ("settings", {"dataset": "mnist", "batch_size": -1}, "--batch-size -1: expected 1"),
+    "unknown": ("settings", {"dataset": "mnist", "shell": "rm"}, "unrecognized arguments: --shell"),
+    "other_network": ("settings", {"dataset": "mnist", "routing": "em"}, "another network"),
+    "model": ("model", [1, 2], "another network"),
+    "optimizer": ("optimizer", {"state": 3}, "not a checkpoint of this program"),
+    "noise": ("noise", torch.zeros(3), "not a checkpoint of this program"),
+    "tally": ("tally", torch.zeros(99), "not a checkpoint of this program"),
+    "step": ("step", "many", "not a checkpoint of this program"),
+    "rows": ("rows", 7, "not a checkpoint of this program"),
+}
+
+
+def test_a_hostile_checkpoint_is_one_line_and_changes_nothing(small_mnist, tmp_path):
+    out = tmp_path / "run"
+    train.main([*small_mnist, "--epochs", "1", "--out", str(out)])
+    good, path = torch.load(out / "checkpoint.pt", weights_only=True), out / "checkpoint.pt"
+    for key, value, message in HOSTILE.values():
+        torch.save({**good, key: value}, path)
+        before = {p.name: p.read_bytes() for p in out.iterdir()}
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--resume", str(path), *small_mnist[2:5]])
+        assert message in stop.value.code and "\n" not in stop.value.code
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("where, named", [
+    ("caps.1.weight", "in caps.1;"), ("conv.0.bias", "in conv;"),
+    ("loss", "in the loss;"), ("gradient", "in the gradient of caps.2.weight;")])
+def test_numbers_that_are_not_finite_stop_the_run(where, named, small_mnist, tmp_path, monkeypatch):
+    """At step 8, in the second epoch: the checkpoint of the first stays, with finite weights."""
+    out, losses, plain = tmp_path / "run", [], train.F.cross_entropy
+
+    def spoiled(logits, labels):
+        losses.append(plain(logits, labels))
+        return losses[-1] * (math.inf if where == "loss" and len(losses) == 8 else 1)
+
+    def step(self, *args):
+        if where == "gradient" and len(losses) == 7:
+            net[0].caps[2].weight.register_hook(lambda g: g * math.nan)
+        elif "." in where and len(losses) == 7:
+            net[0].get_parameter(where).data.fill_(math.nan)
+        return adam(self, *args)
+
+    build, adam, net = train.build, torch.optim.Adam.step, []
+    monkeypatch.setattr(train, "build", lambda *args: net.append(build(*args)) or net[0])
+    monkeypatch.setattr(train.F, "cross_entropy", spoiled)
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*small_mnist, "--epochs", "3", "--out", str(out)])
+    message = str(stop.value)
+    assert "step 8:" in message and named in message and str(out / "checkpoint.pt") in message
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 6
+    assert all(x.isfinite().all() for x in checkpoint["model"].values())
 
 
 def test_validation_never_touches_the_test_set(small_mnist, tmp_path, capsys, monkeypatch):

@@ -13,9 +13,10 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import sys
 import time
-from itertools import count
+from itertools import accumulate, count
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ from capsnet import ROUTINGS, CapsNet, spread_loss
 
 EPOCHS = {"toys": 1, "mnist": 5, "smallnorb": 30}
 # Where and how to run, not what is trained: a checkpoint does not impose these on its successor.
-LOCAL = ("resume", "eval", "out", "data_dir", "device", "compile", "max_votes")
+LOCAL = ("resume", "eval", "benchmark", "out", "data_dir", "device", "compile", "max_votes",
+         "recompute")
 # On a CPU, few votes at a time stay near the cache; the LSTM's gates are 4 times as many.
 CPU_VOTES = {"connectionist": 660_000}
 EVAL_BATCH = 128
@@ -43,7 +45,9 @@ def fail(message):
 def parse(argv=None):
     """-> (settings, the checkpoint they came from or None)."""
     parser = argparse.ArgumentParser(description="Train a capsule network with learned routing.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = fail  # without the usage, which is 20 lines
     add, compiler = parser.add_argument, shutil.which(os.environ.get("CXX", "g++"))
     add("--dataset", choices=data.SPECS, default="toys", help="toys need no download")
     add("--routing", choices=ROUTINGS, default="similarity", help="the routing procedure")
@@ -64,19 +68,21 @@ def parse(argv=None):
     add("--amp", action="store_true", help="bfloat16 autocast")
     add("--compile", action=argparse.BooleanOptionalAction, default=compiler is not None,
         help="fuse the routing with torch.compile: faster, after half a minute")
-    add("--max-votes", type=int, help="vote entries held at a time, if not all (CPU: 2.7 million)")
+    add("--max-votes", type=int, help="vote entries routed at a time (CPU: 2.7 million)")
+    add("--recompute", action="store_true", help="votes anew in backward: little memory, slower")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to run on")
     add("--data-dir", default="datasets", help="where the data sets are, or will be put")
     add("--out", help="folder for the run, if not a new one in runs/")
     add("--resume", metavar="CHECKPOINT", help="continue this run with its settings")
     add("--eval", metavar="CHECKPOINT", help="score these weights")
+    add("--benchmark", action="store_true", help="time all routings on random images, and stop")
     args, checkpoint = parser.parse_args(argv), None
     if path := args.resume or args.eval:
         checkpoint = load_checkpoint(path)
         if args.resume and "optimizer" not in checkpoint:
             fail(f"--resume {path}: weights only, expected the checkpoint.pt of a run")
-        parser.set_defaults(**checkpoint["settings"])
-        args = parser.parse_args(argv)
+        argv = sys.argv[1:] if argv is None else argv
+        args = parser.parse_args([*as_arguments(checkpoint["settings"]), *argv])
     if args.epochs is None:
         args.epochs = EPOCHS[args.dataset]
     for name, least in dict(iterations=0, epochs=0, batch_size=1, limit=1, max_votes=1).items():
@@ -84,6 +90,14 @@ def parse(argv=None):
         if value is not None and value < least:
             fail(f"--{name.replace('_', '-')} {value}: expected {least} or more")
     return args, checkpoint
+
+
+def as_arguments(settings):
+    """A checkpoint's settings as a command line, so that they are checked like a user's."""
+    for name, value in settings.items():
+        if name not in LOCAL and value is not None and value is not False:
+            for item in value if isinstance(value, list) else [value]:
+                yield f"--{name}".replace("_", "-") + ("" if item is True else f"={item}")
 
 
 def load_checkpoint(path):
@@ -139,7 +153,7 @@ def build(args, checkpoint):
     torch.manual_seed(args.seed)
     try:
         net = CapsNet((args.cameras, spec.crop, spec.crop), len(spec.classes), args.routing,
-                      max_votes=max_votes, **options)
+                      max_votes=max_votes, recompute=args.recompute, **options)
     except TypeError as error:
         fail(f"--option {' '.join(args.option)}: not for {args.routing} routing ({error})")
     if checkpoint:
@@ -152,7 +166,7 @@ def build(args, checkpoint):
     if args.compile:
         torch._dynamo.config.suppress_errors = True  # where the compiler fails, run as written
         for layer in net.caps[:-1]:  # the class layer has 1 % of the votes: not worth the wait
-            layer.route = torch.compile(layer.route)
+            layer.routing.compile()
     return net
 
 
@@ -188,11 +202,97 @@ def show(confusion, classes, name):
         print(label.ljust(16) + "".join(str(n).rjust(width) for n in row))
 
 
+# --------------------------------------------------------------------------------- benchmark
+
+
+def seconds_per_call(call, device, least=5, budget=10.0):
+    """The median over as many calls as fit in `budget` seconds, after two to warm up."""
+    times = []
+    while len(times) < least + 2 or sum(times[2:]) < budget:
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def peak_bytes(call, device):
+    """The most bytes of tensors held during `call`, beyond those before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())),
+                          initial=0))
+
+
+def benchmark(args):
+    """Print a table: full training steps (forward, loss, backward, Adam) and inference."""
+    device, spec, batch = torch.device(args.device), data.SPECS[args.dataset], args.batch_size
+    images = torch.randn(batch, args.cameras, spec.crop, spec.crop, device=device)
+    labels = torch.randint(len(spec.classes), (batch,), device=device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
+        f"{torch.get_num_threads()} CPU threads")
+    print(f"{name}, torch {torch.__version__}, batches of {batch}, {tuple(images.shape[1:])} "
+          f"images, {args.iterations} iterations, {'compiled' if args.compile else 'as written'}"
+          f"{', bfloat16' if args.amp else ''}\n")
+    print("| routing | training, images/s | inference, images/s | peak MB, training "
+          "| training step in copies of the votes |\n|---|---|---|---|---|")
+    net = CapsNet(images.shape[1:], len(spec.classes), "mean").to(device)  # for the votes' number
+    reports = net(images[:1], return_routing=True)[2]
+    votes = torch.ones(batch * sum(r["compatibility"].numel() for r in reports), 16, device=device)
+    copy = torch.empty_like(votes)
+    for args.routing in ROUTINGS:
+        net = build(args, None)
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-4)
+
+        def step():
+            with autocast(args):
+                logits = net(images)[1].float()
+            optimizer.zero_grad()
+            F.cross_entropy(logits, labels).backward()
+            optimizer.step()
+
+        @torch.no_grad()
+        def infer():
+            with autocast(args):
+                net(images)
+
+        unit = seconds_per_call(lambda: copy.copy_(votes), device, budget=1.0)
+        training = seconds_per_call(step, device)
+        peak = peak_bytes(step, device)
+        net.eval()
+        print(f"| {args.routing} | {batch / training:.1f} "
+              f"| {batch / seconds_per_call(infer, device):.1f} | {peak / 1e6:.0f} "
+              f"| {training / unit:.0f} |", flush=True)
+
+
 # ---------------------------------------------------------------------------------- training
 
 
 class Stopped(Exception):
     """SIGINT or SIGTERM arrived, and the run is saved."""
+
+
+def first_not_finite(net, images):
+    """The first part of the network whose output, or else gradient, is not finite."""
+    parts = {name: part for name, part in net.named_modules()
+             if part in (net.conv, net.primary, *net.caps)}
+    bad = []
+    for name, part in parts.items():
+        part.register_forward_hook(lambda module, inputs, outputs, name=name: bad.extend(
+            name for x in outputs if not x.isfinite().all()))
+    with torch.no_grad():
+        net(images)
+    bad += [f"the gradient of {name}" for name, p in net.named_parameters()
+            if p.grad is not None and not p.grad.isfinite().all()]
+    return bad[0] if bad else "the loss"
 
 
 def train(net, fit, held_out, args, checkpoint, out):
@@ -210,10 +310,14 @@ def train(net, fit, held_out, args, checkpoint, out):
     tally = torch.zeros(3, device=device)  # this epoch's sums: loss, errors, images
     step, rows, earlier = 0, [], 0.0
     if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        noise.set_state(checkpoint["noise"])
-        tally.copy_(checkpoint["tally"])
-        step, rows, earlier = (checkpoint[k] for k in ("step", "rows", "seconds"))
+        try:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            noise.set_state(checkpoint["noise"])
+            tally.copy_(checkpoint["tally"])
+            step, rows = int(checkpoint["step"]), [dict(row) for row in checkpoint["rows"]]
+            earlier = float(checkpoint["seconds"])
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            fail(f"{args.resume}: not a checkpoint of this program ({type(error).__name__})")
     confusion = None
     first, start, shown, saved = step, time.time(), time.time(), time.time()
 
@@ -228,8 +332,6 @@ def train(net, fit, held_out, args, checkpoint, out):
 
     def progress(end):
         loss, wrong, images = tally.tolist()
-        if loss != loss:
-            fail(f"the loss is not a number at step {step}; {out / 'checkpoint.pt'} is older")
         rate = (step - first) * size / (time.time() - start)
         left = time.gmtime((steps - step) * size / rate)
         print(f"epoch {(step - 1) // per_epoch + 1}/{args.epochs}  {rate:.0f} images/s  "
@@ -259,7 +361,12 @@ def train(net, fit, held_out, args, checkpoint, out):
                 loss = F.cross_entropy(logits, labels)
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+            if not (loss + norm).isfinite():  # before it reaches the weights
+                saved = out / "checkpoint.pt"
+                fail(f"step {step + 1}: loss {loss.item():.4g}, norm of the gradient {norm:.4g}, "
+                     f"first not finite in {first_not_finite(net, images)}; last good checkpoint: "
+                     f"{saved if saved.exists() else 'none yet'}")
             optimizer.step()
             step += 1
             wrong = (logits.argmax(1) != labels).sum()
@@ -296,6 +403,8 @@ def main(argv=None):
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}")
+    if args.benchmark:
+        return benchmark(args)
     splits = data.load(args.dataset, args.data_dir, args.cameras)
     if args.validate:
         splits = data.split_validation(args.dataset, splits[0])
