@@ -280,19 +280,20 @@ class Stopped(Exception):
     """SIGINT or SIGTERM arrived, and the run is saved."""
 
 
-def first_not_finite(net, images):
-    """The first part of the network whose output, or else gradient, is not finite."""
-    parts = {name: part for name, part in net.named_modules()
-             if part in (net.conv, net.primary, *net.caps)}
+@torch.no_grad()
+def first_not_finite(net, images, loss):
+    """The part of the network whose output, or else gradient, is the first that is not finite."""
     bad = []
-    for name, part in parts.items():
-        part.register_forward_hook(lambda module, inputs, outputs, name=name: bad.extend(
-            name for x in outputs if not x.isfinite().all()))
-    with torch.no_grad():
-        net(images)
-    bad += [f"the gradient of {name}" for name, p in net.named_parameters()
-            if p.grad is not None and not p.grad.isfinite().all()]
-    return bad[0] if bad else "the loss"
+    for name, part in net.named_modules():
+        if part in (net.conv, net.primary, *net.caps):
+            part.register_forward_hook(lambda module, inputs, outputs, name=name: bad.extend(
+                name for x in outputs if not x.isfinite().all()))
+    net(images)
+    if not loss.isfinite():
+        bad.append("the loss")
+    bad += [f"the gradient of {name}" for name, p in reversed(list(net.named_parameters()))
+            if p.grad is not None and not p.grad.isfinite().all()]  # backward runs from the end
+    return bad[0]
 
 
 def train(net, fit, held_out, args, checkpoint, out):
@@ -361,11 +362,15 @@ def train(net, fit, held_out, args, checkpoint, out):
                 loss = F.cross_entropy(logits, labels)
             optimizer.zero_grad()
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip)
-            if not (loss + norm).isfinite():  # before it reaches the weights
+            try:  # before it reaches the weights
+                torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip, error_if_nonfinite=True)
+                finite = loss.isfinite()
+            except RuntimeError:
+                finite = False
+            if not finite:
                 saved = out / "checkpoint.pt"
-                fail(f"step {step + 1}: loss {loss.item():.4g}, norm of the gradient {norm:.4g}, "
-                     f"first not finite in {first_not_finite(net, images)}; last good checkpoint: "
+                fail(f"step {step + 1}: a number that is not finite, first in "
+                     f"{first_not_finite(net, images, loss)}; last good checkpoint: "
                      f"{saved if saved.exists() else 'none yet'}")
             optimizer.step()
             step += 1
