@@ -293,7 +293,7 @@ def first_not_finite(net, images, loss):
         bad.append("the loss")
     bad += [f"the gradient of {name}" for name, p in reversed(list(net.named_parameters()))
             if p.grad is not None and not p.grad.isfinite().all()]  # backward runs from the end
-    return bad[0]
+    return bad[0] if bad else "the norm of the gradient"
 
 
 def train(net, fit, held_out, args, checkpoint, out):
