@@ -368,10 +368,10 @@ def train(net, fit, held_out, args, checkpoint, out):
             except RuntimeError:
                 finite = False
             if not finite:
-                saved = out / "checkpoint.pt"
+                last = out / "checkpoint.pt"
                 fail(f"step {step + 1}: a number that is not finite, first in "
                      f"{first_not_finite(net, images, loss)}; last good checkpoint: "
-                     f"{saved if saved.exists() else 'none yet'}")
+                     f"{last if last.exists() else 'none yet'}")
             optimizer.step()
             step += 1
             wrong = (logits.argmax(1) != labels).sum()
