@@ -374,7 +374,7 @@ def output_grid(grid, kernel_size, stride) -> tuple[int, ...]:
 def receptive_fields(channels, grid, kernel_size, stride, device=None) -> ReceptiveFields:
     """Which input capsules each output position of such a convolution sees."""
     index = torch.arange(channels * math.prod(grid), device=device).view(channels, *grid)
-    for axis, (k, s) in enumerate(zip(kernel_size, stride), start=1):
+    for axis, (k, s) in enumerate(zip(kernel_size, stride), 1):
         index = index.unfold(axis, k, s)  # in the end (C, *out, *kernel)
     index = index.movedim(0, len(grid)).flatten(len(grid)).flatten(0, -2)  # (L, I)
     return ReceptiveFields(index, channels * math.prod(grid))
@@ -462,15 +462,15 @@ class ConvCaps(nn.Module):
         pose = pose.flatten(1, -3)[:, fields.children]  # (B, L, I, P, P)
         log_a = F.logsigmoid(logit).flatten(1)[:, fields.children]  # (B, L, I)
 
-        size = len(pose)
+        batches = [(pose, log_a)]
         if self.max_votes is not None:  # chunks of one size, so that a compiled routing is reused
             most = self.max_votes // (fields.children.shape[0] * self.weight.numel())
-            size = next((n for n in range(min(most, size), 1, -1) if size % n == 0), 1)
+            size = next((n for n in range(min(most, len(pose)), 1, -1) if len(pose) % n == 0), 1)
+            batches = zip(pose.split(size), log_a.split(size))
         route = self.route
         if self.recompute:
             route = partial(checkpoint, route, use_reentrant=False)
-        chunks = [route(p, a, fields, return_routing)
-                  for p, a in zip(pose.split(size), log_a.split(size))]
+        chunks = [route(p, a, fields, return_routing) for p, a in batches]
         results = [torch.cat(parts) for parts in zip(*chunks)]
         mu, logit, *report = (x.transpose(1, 2).unflatten(2, out) for x in results)
         mu = mu.unflatten(-1, pose.shape[-2:])
@@ -481,10 +481,10 @@ class ConvCaps(nn.Module):
         """Vote and route: (B, L, I, P, P), (B, L, I) -> (B, L, O, D), (B, L, O)."""
         votes = compute_votes(pose, self.weight)  # (B, L, O, I, D)
         device = votes.device.type
-        if torch.is_autocast_enabled(device):  # consensus needs more than the 8 bits of bfloat16
-            votes, log_a = votes.float(), log_a.float()
-        with torch.autocast(device, enabled=False):
+        if not torch.is_autocast_enabled(device):
             return self.routing(votes, log_a, fields, return_routing)
+        with torch.autocast(device, enabled=False):  # consensus needs more than bfloat16's 8 bits
+            return self.routing(votes.float(), log_a.float(), fields, return_routing)
 
 
 # ------------------------------------------------------------------------------ the network

@@ -6,6 +6,8 @@ capsules that each of the L output positions sees. It returns (pose, logit, comp
 position l and output j. Comparisons are in float64, of values and of all gradients.
 """
 
+import collections
+import concurrent.futures
 import copy
 import csv
 import functools
@@ -14,6 +16,7 @@ import hashlib
 import http.server
 import math
 import os
+import pickle
 import shutil
 import signal
 import struct
@@ -471,6 +474,14 @@ def test_extreme_inputs_give_finite_values_and_gradients(name, extreme, autocast
     assert all(x.dtype == torch.float32 and x.isfinite().all() for x in (*outputs, *slopes))
 
 
+@every_network
+def test_black_images_and_one_class_give_finite_values_and_gradients(name):
+    net = CapsNet((1, 17, 17), 1, name)
+    poses, logits = net(torch.zeros(2, 1, 17, 17))
+    slopes = grad(poses.sum() + logits.sum(), list(net.parameters()))
+    assert all(x.isfinite().all() for x in (poses, logits, *slopes))
+
+
 # ----------------------------------------------------------------- chunks, reports, the network
 
 
@@ -582,6 +593,27 @@ def test_copies_and_loaded_states_compute_the_same(name):
     loaded.load_state_dict(net.state_dict())
     for other in (copy.deepcopy(net), loaded):
         torch.testing.assert_close(other(images), net(images), rtol=0, atol=0)
+
+
+@every_network
+def test_exported_program_computes_the_same(name):
+    net, images = tiny_net(name), torch.randn(3, 1, 17, 19)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(net, (images,), dynamic_shapes=({0: batch},)).module()
+    torch.testing.assert_close(program(images), net(images))
+    torch.testing.assert_close(program(images[:2]), net(images[:2]))
+
+
+@every_network
+def test_results_do_not_depend_on_the_split_into_batches(name):
+    net, images = CapsNet((1, 17, 19), 3, name, max_votes=50_000).eval(), torch.randn(7, 1, 17, 19)
+    torch.manual_seed(1)
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    whole = net(images)
+    for size in (1, 3, 7):
+        parts = [torch.cat(x) for x in zip(*map(net, images.split(size)))]
+        torch.testing.assert_close(tuple(parts), whole, rtol=1e-4, atol=1e-4)
 
 
 @every_network
@@ -748,6 +780,91 @@ def test_damaged_files_are_named(tmp_path, kind):
     assert (folder / (name + ".gz" * packed)).read_bytes() == damaged  # left as the user put it
 
 
+def mutate(content, rng):
+    """One to three times: flip a bit, cut, append, overwrite a header field, a stretch or all."""
+    def one_of(*choices):  # rng.choice would take zeros off the end of bytes
+        return choices[rng.integers(len(choices))]
+
+    for _ in range(rng.integers(1, 4)):
+        at, content = int(rng.integers(max(1, len(content)))), bytearray(content)
+        match rng.integers(6):
+            case 0 if content:
+                content[at] ^= 1 << rng.integers(8)
+            case 1:
+                content = content[:at]
+            case 2:
+                content += rng.bytes(int(rng.integers(1, 100)))
+            case 3:
+                field = 4 * int(rng.integers(6))
+                content[field:field + 4] = one_of(
+                    b"\xff" * 4, b"\0" * 4, b"\x7f" + b"\xff" * 3, b"\0\0\0\1", rng.bytes(4))
+            case 4:
+                content[at:at + 50] = rng.bytes(50)
+            case 5:
+                content = one_of(b"<!DOCTYPE html><title>403</title>", b"", bytes(100),
+                                 gzip.compress(bytes(10**7), 9), b"\x80\x04.")
+    return bytes(content)
+
+
+@pytest.mark.parametrize("name", ["smallnorb", "mnist"])
+def test_mutated_files_give_one_line_or_correct_data(name, tmp_path, capsys, monkeypatch):
+    """MUTANTS=3000 in the environment for the long version; at the end it prints the counts."""
+    files = norb_files() if name == "smallnorb" else mnist_files()
+    monkeypatch.setitem(data.SOURCES, name, tuple(
+        source._replace(content=source.content and hashlib.sha256(files[source.name]).hexdigest())
+        for source in data.SOURCES[name]))
+    rng, outcomes = np.random.default_rng(0), collections.Counter()
+    folder = tmp_path / name
+    write(folder, files, False)
+    expected = data.load(name, tmp_path)
+    cache = (folder / "cache-1.npz").read_bytes()
+    for _ in range(int(os.environ.get("MUTANTS", 80)) // 2):
+        shutil.rmtree(folder)
+        packed = bool(rng.integers(2))
+        write(folder, files, packed)
+        path = folder / "cache-1.npz"
+        if rng.random() < 0.7:
+            path = rng.choice(sorted(folder.iterdir()))
+        content = path.read_bytes() if path.exists() else cache
+        if packed and path.suffix == ".gz" and rng.random() < 0.5:  # whole, around a damaged file
+            changed = gzip.compress(mutate(gzip.decompress(content), rng), 1)
+        else:
+            changed = mutate(content, rng)
+        path.write_bytes(changed)
+        capsys.readouterr()
+        start = time.perf_counter()
+        try:
+            found = data.load(name, tmp_path)
+        except data.DataError as error:
+            assert path.name.removesuffix(".gz") in str(error) and "\n" not in str(error)
+            outcome = "error: " + str(error).split(": ", 1)[1].split()[0]
+        else:
+            warned = str(path) in capsys.readouterr().err
+            # The checksum of this file was not published; the next test holds what protects it.
+            unpublished = path.name.startswith(data._TRAIN + "info")
+            assert (same(found, expected) or warned and path.name != "cache-1.npz" or
+                    unpublished and same([found[0][:2], found[1]], [expected[0][:2], expected[1]]))
+            outcome = ("correct" if same(found, expected) else
+                       "warning, other content" if warned else "other pose of a training image")
+        assert time.perf_counter() - start < 10
+        outcomes[outcome] += 1
+    if "MUTANTS" in os.environ:
+        with capsys.disabled():
+            print("", name, dict(outcomes))
+
+
+def test_every_toy_of_smallnorb_has_as_many_images():
+    index = torch.arange(24300)
+    info = torch.stack([index // 5 % 5 + 2, index // 25 % 9, index // 225 % 18 * 2,
+                        index // 4050], 1)
+    whole = data.Dataset(torch.zeros(24300, 1), index % 5, info)
+    data._check("smallnorb", whole, "abc")
+    for part in whole.labels, whole.info[:, 0]:
+        part[100] ^= 1
+        assert "973 images of one toy" in error_of(lambda: data._check("smallnorb", whole, "abc"))
+        part[100] ^= 1
+
+
 def test_arguments():
     assert "cifar" in error_of(lambda: data.load("cifar"))
     assert "cameras 2" in error_of(lambda: data.load("toys", cameras=2))
@@ -786,6 +903,14 @@ def test_download(site, tmp_path):
     splits = data.load("mnist", tmp_path / "got")
     write(tmp_path / "placed" / "mnist", mnist_files(), False)
     assert same(splits, data.load("mnist", tmp_path / "placed"))
+    names = {source.name + ".gz" for source in data.SOURCES["mnist"]} | {"cache-1.npz"}
+    assert set(os.listdir(tmp_path / "got" / "mnist")) == names
+
+
+def test_several_may_download_and_build_the_cache_at_once(site, tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: data.load("mnist", tmp_path / "got"), range(8)))
+    assert all(same(splits, found[0]) for splits in found) and len(found[0][0].labels) == 24
     names = {source.name + ".gz" for source in data.SOURCES["mnist"]} | {"cache-1.npz"}
     assert set(os.listdir(tmp_path / "got" / "mnist")) == names
 
@@ -978,16 +1103,21 @@ def small_mnist(tmp_path):
             "--routing", "mean", "--batch-size", "4", "--device", "cpu"]
 
 
-def test_a_stopped_and_resumed_run_repeats_the_uninterrupted_one(small_mnist, tmp_path, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_and_resumed_run_repeats_the_uninterrupted_one(
+        number, small_mnist, tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train.main([*small_mnist, "--epochs", "3", "--out", str(whole)])
     assert "test error" in capsys.readouterr().out
     command = [sys.executable, train.__file__, *small_mnist, "--epochs", "3", "--out", str(cut)]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert any(line.startswith("epoch 1/3") for line in run.stdout)  # then somewhere in epoch 2
-    run.send_signal(signal.SIGINT)
-    assert f"--resume {cut / 'checkpoint.pt'}" in run.communicate(timeout=60)[0]
-    assert run.returncode == 130 and not (cut / "weights.pt").exists()
+    line = "epoch 2/3" if number == signal.SIGKILL else "epoch 1/3"  # printed, then saved
+    assert any(text.startswith(line) for text in run.stdout)
+    run.send_signal(number)
+    output = run.communicate(timeout=60)[0]
+    if number != signal.SIGKILL:
+        assert f"--resume {cut / 'checkpoint.pt'}" in output and run.returncode == 130
+    assert not (cut / "weights.pt").exists()
     checkpoint = torch.load(cut / "checkpoint.pt", weights_only=True)
     assert 6 <= checkpoint["step"] < 18
 
@@ -1050,6 +1180,33 @@ def test_a_hostile_checkpoint_is_one_line_and_changes_nothing(small_mnist, tmp_p
         assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harmed",)
+
+
+@pytest.mark.parametrize("kind", ["code", "truncated", "empty", "pickle", "zip"])
+def test_weights_from_strangers_run_nothing(kind, small_mnist, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "weights.pt"
+    torch.save({"settings": {"dataset": "mnist"}, "model": {}, "extra": torch.zeros(5000)}, path)
+    if kind == "code":
+        torch.save({"settings": {}, "model": Harmful()}, path)
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-3000])
+    elif kind == "zip":
+        zipfile.ZipFile(path, "w").close()
+    else:
+        path.write_bytes(pickle.dumps(Harmful()) if kind == "pickle" else b"")
+    before = sorted(os.listdir())
+    for option in "--eval", "--resume":
+        with pytest.raises(SystemExit) as stop:
+            train.main([option, str(path), *small_mnist])
+        assert f"{path}: not a checkpoint of this program" in str(stop.value)
+        assert "\n" not in str(stop.value)
+    assert sorted(os.listdir()) == before
+
+
 @pytest.mark.parametrize("where, named", [
     ("caps.1.weight", "in caps.1;"), ("conv.0.bias", "in conv;"),
     ("loss", "in the loss;"), ("gradient", "in the gradient of caps.2.weight;")])
@@ -1091,6 +1248,70 @@ def test_validation_never_touches_the_test_set(small_mnist, tmp_path, capsys, mo
     assert len(scored) == 1 and torch.equal(scored[0].labels, official.labels[22:])
     out = capsys.readouterr().out
     assert "validation error" in out and "test error" not in out
+
+
+def torchrun(program, *arguments, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc-per-node={processes}", str(program), *arguments]
+    folder = Path(train.__file__).parent
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120,
+                          env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"})
+
+
+def test_two_half_batches_have_the_gradients_of_one_whole(tmp_path):
+    program = tmp_path / "half.py"
+    program.write_text("""
+import torch, torch.nn.functional as F
+import train
+args, _ = train.parse(["--dataset", "mnist", "--no-compile", "--device", "cpu"])
+train.join(args)
+if train.RANK == 0:
+    train.dist.barrier()
+torch.set_default_dtype(torch.float64)
+whole = train.CapsNet((1, 17, 17), 3, channels=(4, 2, 3, 2), pose_size=2)
+half = train.CapsNet((1, 17, 17), 3, channels=(4, 2, 3, 2), pose_size=2)
+torch.nn.init.normal_(whole.conv[2].weight)
+half.load_state_dict(whole.state_dict())
+half.conv[2] = train.synchronised(half.conv[2])
+for net in whole, half:
+    for p in net.parameters():
+        train.dist.broadcast(p.data, 0)
+images, labels = torch.randn(6, 1, 17, 17), torch.arange(6) % 3
+train.dist.broadcast(images, 0)
+F.cross_entropy(whole(images)[1], labels).backward()
+model = torch.nn.parallel.DistributedDataParallel(half)
+mine = slice(train.RANK, None, 2)
+F.cross_entropy(model(images[mine])[1], labels[mine]).backward()
+for (name, p), q in zip(whole.named_parameters(), half.parameters()):
+    torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-12, msg=name)
+    assert p.grad.abs().max() > 0, name
+for p, q in zip(whole.buffers(), half.buffers()):
+    torch.testing.assert_close(q, p)
+whole.eval(), half.eval()
+torch.testing.assert_close(whole(images), half(images))
+""")
+    run = torchrun(program)
+    assert run.returncode == 0, run.stderr
+
+
+def test_two_processes_train_as_one_and_only_the_first_writes(small_mnist, tmp_path, capsys):
+    train.main([*small_mnist, "--epochs", "2", "--out", str(tmp_path / "one")])
+    expected = capsys.readouterr().out.splitlines()
+    run = torchrun(train.__file__, *small_mnist, "--epochs", "2", "--out", str(tmp_path / "two"))
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) == len(expected) and "of 24 images" in run.stdout
+    one, two = (list(csv.DictReader(open(tmp_path / name / "metrics.csv")))
+                for name in ("one", "two"))
+    assert len(two) == 2
+    for row, other in zip(one, two):
+        assert float(other["loss"]) == pytest.approx(float(row["loss"]), rel=1e-4)
+        assert other["training_error"] == row["training_error"]
+    files = ["checkpoint.pt", "metrics.csv", "result.json", "weights.pt"]
+    assert sorted(os.listdir(tmp_path / "two")) == files
+    train.main(["--eval", str(tmp_path / "two" / "weights.pt"), *small_mnist[2:5]])  # by one
+    refused = torchrun(train.__file__, *small_mnist[:-4], "--batch-size", "3",
+                       "--out", str(tmp_path / "three"))
+    assert refused.returncode and "--batch-size 3: expected a multiple of the 2" in refused.stderr
 
 
 def test_evaluate_counts_every_image_once():
