@@ -1289,6 +1289,7 @@ for p, q in zip(whole.buffers(), half.buffers()):
     torch.testing.assert_close(q, p)
 whole.eval(), half.eval()
 torch.testing.assert_close(whole(images), half(images))
+train.leave()
 """)
     run = torchrun(program)
     assert run.returncode == 0, run.stderr

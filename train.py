@@ -492,6 +492,15 @@ def join(args):
         dist.barrier()
 
 
+def leave():
+    """End as one of the processes of torchrun. DistributedDataParallel keeps gloo's threads alive
+    beyond `destroy_process_group`; one that frees a tensor while the interpreter shuts down aborts
+    the process, so it does not shut down."""
+    sys.stdout.flush()
+    dist.destroy_process_group()
+    os._exit(0)
+
+
 def main(argv=None):
     args, checkpoint = parse(argv)
     keep_freed_memory()
@@ -557,8 +566,8 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if WORLD > 1:
+            leave()
     except data.DataError as error:
         fail(error)
     except KeyboardInterrupt:  # before or after the training, which saves itself
