@@ -1315,6 +1315,17 @@ def test_two_processes_train_as_one_and_only_the_first_writes(small_mnist, tmp_p
     assert refused.returncode and "--batch-size 3: expected a multiple of the 2" in refused.stderr
 
 
+def test_the_strength_of_the_augmentation_is_a_setting(small_mnist, tmp_path, monkeypatch):
+    seen, augment = [], data.augment
+    monkeypatch.setattr(
+        data, "augment", lambda *args: seen.append(args[2:4]) or augment(*args))
+    for n, options in enumerate((["--epochs", "1"], ["--epochs", "1", "--brightness", "2"])):
+        train.main([*small_mnist, *options, "--out", str(tmp_path / str(n))])
+    train.main(["--resume", str(tmp_path / "1" / "checkpoint.pt"), "--epochs", "2",
+                *small_mnist[2:4]])
+    assert set(seen[:6]) == {(0.0, 0.0)} and set(seen[6:]) == {(2.0, 0.0)} and len(seen) == 18
+
+
 def test_evaluate_counts_every_image_once():
     class FirstPixel(torch.nn.Module):
         def forward(self, images):
@@ -1335,6 +1346,7 @@ def test_evaluate_counts_every_image_once():
     (["--option", "lambda9=1"], "lambda9"),
     (["--option", "lambda1"], "NAME=NUMBER"),
     (["--batch-size", "0"], "--batch-size 0: expected 1"),
+    (["--brightness", "nan"], "--brightness nan: expected 0"),
     (["--device", "abacus"], "--device abacus"),
     (["--cameras", "2"], "cameras 2"),
 ])

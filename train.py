@@ -68,6 +68,8 @@ def parse(argv=None):
     add("--warmup", type=int, default=10, help="steps in which the learning rate rises")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--cameras", type=int, default=1, help="of smallnorb, as channels: 1 or 2")
+    add("--brightness", type=float, help="of the augmentation, if not as in data.py")
+    add("--contrast", type=float, help="of the augmentation, if not as in data.py")
     add("--limit", type=int, help="train on so many images, drawn at random")
     add("--validate", action="store_true", help="hold out training instances, leave the test alone")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
@@ -91,9 +93,13 @@ def parse(argv=None):
         args = parser.parse_args([*as_arguments(checkpoint["settings"]), *argv])
     if args.epochs is None:
         args.epochs = EPOCHS[args.dataset]
-    for name, least in dict(iterations=0, epochs=0, batch_size=1, limit=1, max_votes=1).items():
+    for name in ("brightness", "contrast"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(data.SPECS[args.dataset], name))
+    for name, least in dict(iterations=0, epochs=0, batch_size=1, brightness=0, contrast=0,
+                            limit=1, max_votes=1).items():
         value = getattr(args, name)
-        if value is not None and value < least:
+        if value is not None and not value >= least:  # nan included
             fail(f"--{name.replace('_', '-')} {value}: expected {least} or more")
     return args, checkpoint
 
@@ -424,7 +430,7 @@ def train(net, fit, held_out, args, checkpoint, out):
                 rise = min(1.0, (step + 1) / max(1, args.warmup))
                 group["lr"] = args.lr * rise * args.lr_end ** (step / steps)
             images = data.augment(data.standardise(fit.images[batch]), spec.crop,
-                                  spec.brightness, spec.contrast, noise)
+                                  args.brightness, args.contrast, noise)
             # All processes augment the whole batch, so their number does not change the images.
             images, labels = images[RANK::WORLD], fit.labels[batch][RANK::WORLD]
             with autocast(args):
