@@ -1,7 +1,7 @@
 """The data: toys (rendered here, the default), MNIST and smallNORB, their cache and augmentation.
 
 `load` gives a training and a test `Dataset`; `split_validation` takes the validation part out of
-the first. Images stay uint8 until `standardise`; `augment` and `central_crop` then cut the window
+the first. Images stay uint8 until `standardise`; `augment` and `crops` then cut the window
 that the network sees. The reader of the official files, the downloader, the cache and the
 renderer of the toys are the rest of this file.
 
@@ -79,10 +79,13 @@ def standardise(images):
     return pixels / deviation.clamp_min(1e-3)  # of one level in one pixel: above 1e-2
 
 
-def central_crop(images, size):
-    """The central (B, C, size, size) of (B, C, H, W); size is at most H and W."""
-    top, left = (images.shape[2] - size) // 2, (images.shape[3] - size) // 2
-    return images[:, :, top:top + size, left:left + size]
+def crops(images, size, per_side=1):
+    """The per_side x per_side windows (B, C, size, size) of (B, C, H, W), row by row: the middles
+    of equal parts of all places, so that per_side=1 is the central crop. size is at most H and W.
+    """
+    tops, lefts = ([(n - size) * (2 * i + 1) // (2 * per_side) for i in range(per_side)]
+                   for n in images.shape[2:])
+    return [images[:, :, top:top + size, left:left + size] for top in tops for left in lefts]
 
 
 def augment(images, size, brightness, contrast, generator):

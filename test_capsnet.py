@@ -743,7 +743,7 @@ def test_mnist_files(tmp_path, packed):
     write(tmp_path / "mnist", files, packed)
     train, test = data.load("mnist", tmp_path)
     assert train.images.shape == (24, 1, 32, 32) and train.labels.tolist()[9:12] == [9, 0, 1]
-    inner = data.central_crop(test.images, 28)
+    inner = data.crops(test.images, 28)[0]
     assert inner.numpy().tobytes() == files["t10k-images-idx3-ubyte"][16:]
     assert test.images.sum() == inner.sum() and (train.info == -1).all()
 
@@ -1088,9 +1088,12 @@ def test_augment():
     assert .4999 < gain.min() < .52 and 1.48 < gain.max() < 1.5001
 
 
-def test_central_crop():
-    images = torch.arange(64.).view(1, 1, 8, 8)
-    assert torch.equal(data.central_crop(images, 4), images[:, :, 2:6, 2:6])
+def test_crops():
+    images = torch.arange(80.).view(1, 1, 8, 10)
+    assert torch.equal(*data.crops(images, 4), images[:, :, 2:6, 3:7])
+    assert [divmod(int(c[0, 0, 0, 0]), 10) for c in data.crops(images, 2, 3)] == [
+        (top, left) for top in (1, 3, 5) for left in (1, 4, 6)]
+    assert len(data.crops(images, 8, 2)) == 4
 
 
 # ------------------------------------------------------------------------------ train.py
@@ -1326,11 +1329,16 @@ def test_the_strength_of_the_augmentation_is_a_setting(small_mnist, tmp_path, mo
     assert set(seen[:6]) == {(0.0, 0.0)} and set(seen[6:]) == {(2.0, 0.0)} and len(seen) == 18
 
 
-def test_evaluate_counts_every_image_once():
-    class FirstPixel(torch.nn.Module):
-        def forward(self, images):
-            return None, torch.nn.functional.one_hot((images[:, 0, 0, 0] > 0).long(), 10).float()
+class FirstPixel(torch.nn.Module):
+    """Class 1 as surely as the first pixel is bright, class 0 as it is dark."""
 
+    def forward(self, images):
+        logits = torch.full((len(images), 10), -99.)
+        logits[:, 0], logits[:, 1] = 1, images[:, 0, 0, 0]
+        return None, logits
+
+
+def test_evaluate_counts_every_image_once():
     labels = torch.arange(300) % 3
     images = torch.zeros(300, 1, 32, 32, dtype=torch.uint8)
     images[labels == 1, 0, 2, 2] = 255  # the corner of the central crop: class 1, the rest class 0
@@ -1338,6 +1346,19 @@ def test_evaluate_counts_every_image_once():
     confusion = train.evaluate(FirstPixel(), data.Dataset(images, labels, None), args)
     assert confusion[:3, :2].tolist() == [[100, 0], [0, 100], [100, 0]] and confusion.sum() == 300
     assert train.error_of(confusion) == pytest.approx(100 / 3)
+
+
+def test_evaluate_averages_probabilities_over_crops():
+    """One bright crop of nine is outvoted, though its logit is larger than the others together."""
+    images = torch.zeros(2, 1, 32, 32, dtype=torch.uint8)
+    images[:, 0, 2, 2] = 255
+    images[1, 0, :4, :4] = 255
+    dataset = data.Dataset(images, torch.tensor([0, 1]), None)
+    predicted = {}
+    for crops in "1", "3":
+        args, _ = train.parse(["--dataset", "mnist", "--device", "cpu", "--crops", crops])
+        predicted[crops] = train.evaluate(FirstPixel(), dataset, args)[:2, :2].tolist()
+    assert predicted == {"1": [[0, 1], [0, 1]], "3": [[1, 0], [0, 1]]}
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -72,6 +72,7 @@ def parse(argv=None):
     add("--contrast", type=float, help="of the augmentation, if not as in data.py")
     add("--limit", type=int, help="train on so many images, drawn at random")
     add("--validate", action="store_true", help="hold out training instances, leave the test alone")
+    add("--crops", type=int, default=1, help="score N x N crops of an image, 1: the central one")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
     add("--amp", action="store_true", help="bfloat16 autocast")
     add("--compile", action=argparse.BooleanOptionalAction, default=compiler is not None,
@@ -97,7 +98,7 @@ def parse(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, getattr(data.SPECS[args.dataset], name))
     for name, least in dict(iterations=0, epochs=0, batch_size=1, brightness=0, contrast=0,
-                            limit=1, max_votes=1).items():
+                            crops=1, limit=1, max_votes=1).items():
         value = getattr(args, name)
         if value is not None and not value >= least:  # nan included
             fail(f"--{name.replace('_', '-')} {value}: expected {least} or more")
@@ -236,16 +237,19 @@ def autocast(args):
 
 @torch.no_grad()
 def evaluate(net, dataset, args):
-    """-> confusion counts (true class, predicted class), on central crops."""
+    """-> confusion counts (true class, predicted class), on the central crop or several."""
     spec = data.SPECS[args.dataset]
     n = len(spec.classes)
     confusion = torch.zeros(n * n, dtype=torch.int64, device=args.device)
     net.eval()
     mine = (part[RANK::WORLD].split(EVAL_BATCH) for part in (dataset.images, dataset.labels))
     for images, labels in zip(*mine):
+        crops = data.crops(data.standardise(images), spec.crop, args.crops)
         with autocast(args):
-            logits = net(data.central_crop(data.standardise(images), spec.crop))[1]
-        confusion += torch.bincount(labels * n + logits.argmax(1), minlength=n * n)
+            logits = [net(crop)[1].float() for crop in crops]
+        # The mean of the crops' probabilities, as a logarithm: rounding makes no ties there.
+        score = torch.stack(logits).log_softmax(2).logsumexp(0)
+        confusion += torch.bincount(labels * n + score.argmax(1), minlength=n * n)
     if WORLD > 1:
         dist.all_reduce(confusion)
     return confusion.view(n, n).cpu()
