@@ -341,7 +341,16 @@ class DynamicRouting(Routing):
 
     The pose is squash(s_j), s_j = sum_i c_ij v_ij. Its length is the activation, so that of an
     input is in its vote already, and log_activation is not used.
+    gain: multiplies the votes. Eq. 1 halves their length, and squash all but squares what is short:
+        in `CapsNet` poses of 0.5 would become 0.03, then 0.001, layer by layer. It uses 10.
     """
+
+    def __init__(self, iterations: int = 3, gain: float = 1.0):
+        super().__init__(iterations)
+        self.gain = gain
+
+    def forward(self, votes, log_activation, fields=None, return_routing=False):
+        return super().forward(self.gain * votes, log_activation, fields, return_routing)
 
     def compatibility(self, mu, votes, log_a, c, state, fields):
         agreement = torch.einsum("...id,...d->...i", votes, mu)
@@ -503,7 +512,7 @@ def make_routing(name, layer, out_channels, pose_size=4, **options) -> Routing:
     if name == "em":
         return EMRouting(out_channels, **options)
     if name == "dynamic":
-        return DynamicRouting(**options)
+        return DynamicRouting(**{"gain": 10.0, **options})
     raise ValueError(f"routing {name!r}: expected one of {', '.join(ROUTINGS)}")
 
 

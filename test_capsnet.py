@@ -407,6 +407,22 @@ def test_dynamic_logit_is_the_log_of_the_squared_length():
     mu, logit = cn.DynamicRouting()(torch.tensor([[[3.0, 4.0]]]), torch.zeros(1))
     torch.testing.assert_close(logit, torch.tensor([25.0]).log())
     torch.testing.assert_close(mu.norm(dim=-1), logit.sigmoid())
+    votes, log_a = rand(3, 5, 4), -rand(5).abs()
+    torch.testing.assert_close(cn.DynamicRouting(gain=10.0)(votes, log_a),
+                               cn.DynamicRouting()(10 * votes, log_a))
+
+
+def test_poses_do_not_fade_in_the_network_with_dynamic_routing():
+    def lengths(**options):
+        torch.manual_seed(0)
+        net, found = CapsNet((1, 32, 32), 5, "dynamic", **options), []
+        for layer in net.caps:
+            layer.register_forward_hook(
+                lambda module, inputs, outputs: found.append(outputs[0].norm(dim=(-2, -1)).mean()))
+        net(torch.randn(4, 1, 32, 32))
+        return found
+
+    assert all(0.1 < n < 1 for n in lengths()) and lengths(gain=1.0)[1] < 0.01
 
 
 @every_routing
