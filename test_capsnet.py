@@ -14,6 +14,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import json
 import math
 import os
 import pickle
@@ -1419,6 +1420,22 @@ def test_a_failed_save_leaves_the_file_before_it(tmp_path):
     with pytest.raises(SystemExit, match="checkpoint.pt could not be written.*No space left"):
         train.write_aside(path, full)
     assert path.read_text() == "whole" and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_results_are_what_their_tables_say():
+    folder = Path(train.__file__).parent / "results"
+    table, results = (folder / "README.md").read_text(), sorted(folder.rglob("result.json"))
+    for path in results:
+        result = json.loads(path.read_text())
+        confusion = torch.tensor(result["confusion"])
+        name = "validation" if result["settings"]["validate"] else "test"
+        assert result[f"{name}_error"] == train.error_of(confusion), path
+        assert f"{train.error_of(confusion):.2f}" in table, path
+        if name == "test" and "toys" not in path.parts[-3]:  # these keep no weights
+            assert path.with_name("weights.pt").exists()
+    for path in folder.rglob("weights.pt"):
+        train.build(*train.parse(["--eval", str(path), "--no-compile"]))  # loads its weights
+    assert results
 
 
 def test_capsnet_needs_torch_only(tmp_path):
