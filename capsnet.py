@@ -44,7 +44,6 @@ Where this departs from the paper, or chooses what the paper leaves open
 
 import math
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -77,8 +76,9 @@ class Routing(nn.Module):
     out_channels capsules with poses of side pose_size.
 
     forward(votes (..., O, I, D), log_a (..., I)) -> pose (..., O, D), logit (..., O), C (..., O, I)
-        fields: `ReceptiveFields`, then the last leading dimension is L. Only EM and dynamic routing
-            look at them: their output positions compete for the inputs that they share.
+        fields: (children (L, I), number of inputs): which input is in which slot; then the last
+            leading dimension is L. Only EM and dynamic routing, whose output positions compete for
+            the inputs that they share, look at it.
     iterations=0 is the mean vote.
 
         routing = SimilarityRouting(out_channels=16)
@@ -162,17 +162,17 @@ class SimilarityRouting(Routing):
     def __init__(self, out_channels, pose_size=4, iterations=3, num_kernels=4, widths=(0.1, 1.0),
                  lambda1=0.2, lambda2=0.2, theta1=20.0, mean_shift=False):
         super().__init__(iterations)
-        per_channel = lambda *values: torch.tensor(values)[:, None].repeat(1, out_channels)
-        self.log_lambda = nn.Parameter(per_channel(math.log(lambda1), math.log(lambda2)))
-        self.theta = nn.Parameter(per_channel(theta1, 0.0, 1.0))
+        lambdas, theta = torch.tensor([lambda1, lambda2]), torch.tensor([theta1, 0.0, 1.0])
+        self.log_lambda = nn.Parameter(lambdas.log()[:, None].repeat(1, out_channels))
+        self.theta = nn.Parameter(theta[:, None].repeat(1, out_channels))
         self.kernel_logit = nn.Parameter(torch.zeros(num_kernels))
         self.log_width = nn.Parameter(torch.linspace(*map(math.log, widths), num_kernels))
         self.mean_shift = mean_shift
 
     def similarity(self, mu, votes):
         """Eq. 15: k(mu, v_i) = sum_q w_q exp(-||mu - v_i||^2 / (2 sigma_q^2)), (..., O, I)."""
-        d2, w, sigma = squared_distance(mu, votes), self.kernel_logit.softmax(0), self.log_width.exp()
-        return sum(w_q * (-d2 / (2 * s**2)).exp() for w_q, s in zip(w, sigma))
+        d2, sigma = squared_distance(mu, votes), self.log_width.exp()
+        return sum(w * (-d2 / (2 * s**2)).exp() for w, s in zip(self.kernel_logit.softmax(0), sigma))
 
     def lambdas(self):
         return self.log_lambda.exp().unsqueeze(-1)  # (2, O, 1)
@@ -239,30 +239,22 @@ class ConnectionistRouting(Routing):
 # ---------------------------------------------------- the procedures that the paper compares with
 
 
-class ReceptiveFields(NamedTuple):
-    """children (L, I): the input capsule in each slot of each output position's receptive field,
-    as an index below num_inputs into the flattened (C, *grid)."""
-
-    children: Tensor
-    num_inputs: int
-
-
-def log_softmax_over_parents(logits: Tensor, fields: ReceptiveFields | None) -> Tensor:
+def log_softmax_over_parents(logits: Tensor, fields) -> Tensor:
     """Normalise over *all* parents of each child. (..., L, O, I) -> (..., L, O, I).
 
     Where receptive fields overlap, a child's parents are the O channels of every position that
-    sees it. Without `fields` no two positions share a child, and (..., O, I) will do.
+    sees it. Without fields (see `Routing`) no two positions share a child: (..., O, I) will do.
     """
     if fields is None:
         return logits.log_softmax(-2)
-    here = logits.logsumexp(-2).flatten(-2)  # (..., L*I): the parents at one position
-    index = fields.children.flatten()
-    top = here.new_full((*here.shape[:-1], fields.num_inputs), -math.inf)
+    children, num_inputs = fields
+    here, index = logits.logsumexp(-2).flatten(-2), children.flatten()  # parents at one position
+    top = here.new_full((*here.shape[:-1], num_inputs), -math.inf)
     top = top.scatter_reduce(-1, index.expand_as(here), here.detach(), "amax")[..., index]
-    total = here.new_zeros(*here.shape[:-1], fields.num_inputs)
+    total = here.new_zeros(*here.shape[:-1], num_inputs)
     total = total.index_add(-1, index, (here - top).exp())[..., index]
     norm = total.log() + top  # (..., L*I): the parents everywhere
-    return logits - norm.unflatten(-1, fields.children.shape).unsqueeze(-2)
+    return logits - norm.unflatten(-1, children.shape).unsqueeze(-2)
 
 
 class EMRouting(Routing):
@@ -393,14 +385,6 @@ class ConvCaps(nn.Module):
         noise = torch.empty(inputs, out_channels, pose_size, pose_size).uniform_(-0.1, 0.1)
         self.weight = nn.Parameter(torch.eye(pose_size) + noise)  # the author's initial values
 
-    def fields(self, grid, device):
-        """The input capsules that each output position sees, (*out, I), as for ReceptiveFields."""
-        index = torch.arange(self.in_channels * math.prod(grid), device=device)
-        index = index.view(self.in_channels, *grid)
-        for axis, (k, s) in enumerate(zip(self.kernel_size, self.stride), start=1):
-            index = index.unfold(axis, k, s)  # in the end (C, *out, *kernel)
-        return index.movedim(0, len(grid)).flatten(len(grid))
-
     def forward(self, pose, logit):
         channels, *grid = logit.shape[1:]
         if channels != self.in_channels or any(n < k for n, k in zip(grid, self.kernel_size)):
@@ -411,15 +395,17 @@ class ConvCaps(nn.Module):
             pose = pose * logit.sigmoid()[..., None, None]
         else:
             pose = add_coordinates(pose)
-        index = self.fields(grid, logit.device)  # (*out, I)
-        children = index.flatten(0, -2)  # (L, I)
+        index = torch.arange(logit[0].numel(), device=logit.device).view_as(logit[0])
+        for axis, (k, s) in enumerate(zip(self.kernel_size, self.stride), start=1):
+            index = index.unfold(axis, k, s)  # in the end (C, *out, *kernel)
+        index = index.movedim(0, len(grid)).flatten(len(grid))  # (*out, I)
+        children = index.flatten(0, -2)  # (L, I): the inputs that each output position sees
         pose = pose.flatten(1, -3)[:, children]  # (B, L, I, P, P)
         log_a = F.logsigmoid(logit).flatten(1)[:, children]  # (B, L, I)
         votes = compute_votes(pose, self.weight)  # (B, L, O, I, D)
         with torch.autocast(votes.device.type, enabled=False):  # bfloat16's 8 bits are too few
             exact = torch.promote_types(votes.dtype, torch.float32)
-            routed = self.routing(votes.to(exact), log_a.to(exact),
-                                  ReceptiveFields(children, logit[0].numel()))
+            routed = self.routing(votes.to(exact), log_a.to(exact), (children, logit[0].numel()))
         mu, logit, c = (x.transpose(1, 2).unflatten(2, index.shape[:-1]) for x in routed)
         return mu.unflatten(-1, pose.shape[-2:]), logit, c
 

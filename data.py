@@ -82,15 +82,15 @@ def crops(images, size, per_side=1):
     return [images[:, :, top:top + size, left:left + size] for top in tops for left in lefts]
 
 
-def augment(images, size, brightness, contrast, generator):
+def augment(images, spec, generator):
     """Random crop, contrast and brightness, drawn for each image alone; the training distortion.
 
-    images: (B, C, H, W) float32, standardised. Returns (B, C, size, size): a window at a uniformly
-    drawn place, times U(1 - contrast, 1 + contrast), plus U(-brightness, brightness).
+    images: (B, C, H, W) float32, standardised. Returns (B, C, crop, crop): a window at a uniformly
+    drawn place, times U(1 - contrast, 1 + contrast), plus U(-brightness, brightness), as in spec.
     generator: torch.Generator on the device of the images, the only source of randomness.
     """
     count, channels, height, width = images.shape
-    device = images.device
+    size, device = spec.crop, images.device
 
     def uniform(strength):
         drawn = torch.rand(count, 1, 1, 1, generator=generator, device=device)
@@ -103,7 +103,7 @@ def augment(images, size, brightness, contrast, generator):
     rows, columns = places(height)[:, None, :, None], places(width)[:, None, None, :]
     image = torch.arange(count, device=device)[:, None, None, None]
     channel = torch.arange(channels, device=device)[:, None, None]
-    return images[image, channel, rows, columns] * (1 + uniform(contrast)) + uniform(brightness)
+    return images[image, channel, rows, columns] * (1 + uniform(spec.contrast)) + uniform(spec.brightness)
 
 
 def hold_out(train, instance):

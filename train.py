@@ -24,7 +24,6 @@ from itertools import count
 from pathlib import Path
 
 import torch
-import torch._functorch.config
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
@@ -34,11 +33,10 @@ import data
 from capsnet import ROUTINGS, CapsNet, spread_loss
 
 EPOCHS = {"toys": 2, "mnist": 5, "smallnorb": 30}
-# What weights depend on: --eval takes these settings from them.
-NETWORK = ("dataset", "cameras", "routing", "iterations", "option")
+WARMUP, LR_END, CLIP = 10, 0.03, 1.0  # steps; share of --lr at the end; norm of the gradient
+EVAL_BATCH, SAVE_SECONDS = 32, 120
 # Where and how to run: no checkpoint imposes these on its successor.
 LOCAL = ("resume", "eval", "benchmark", "out", "data_dir", "device", "compile", "crops")
-EVAL_BATCH = 32
 # Of the processes that torchrun starts: which one this is, and how many there are.
 RANK, WORLD = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
 
@@ -87,13 +85,7 @@ def parse(argv=None):
     add("--loss", choices=("cross-entropy", "spread"), default="cross-entropy", help="of logits")
     add("--epochs", type=number(int, 0), help=f"if not {EPOCHS}")
     add("--batch-size", type=number(int, 1), default=16, help="images per step")
-    add("--lr", type=number(float, 0, 1), default=6e-3, help="Adam's learning rate, at its highest")
-    add("--lr-end", type=number(float, 1e-9, 1), default=0.03,
-        help="exponential decay ends at this share of --lr")
-    add("--clip", type=number(float, 1e-9), default=1.0, help="largest norm of the gradient")
-    add("--brightness", type=number(float, 0), help="of the augmentation, if not as in data.py")
-    add("--contrast", type=number(float, 0), help="of the augmentation, if not as in data.py")
-    add("--limit", type=number(int, 1), help="train on so many images, drawn at random")
+    add("--lr", type=number(float, 0, 1), default=6e-3, help="Adam's learning rate at its highest")
     add("--validate", type=int, metavar="INSTANCE",
         help="hold out this training instance of every class, and leave the test set alone")
     add("--crops", type=number(int, 1), default=1, help="score N x N crops, 1: the central one")
@@ -112,13 +104,12 @@ def parse(argv=None):
         checkpoint = load_checkpoint(path)
         if args.resume and "optimizer" not in checkpoint:
             fail(f"--resume {path}: weights only, expected the checkpoint.pt of a run")
-        settings = checkpoint["settings"]
-        parser.set_defaults(**{k: settings[k] for k in settings if args.resume or k in NETWORK})
+        parser.set_defaults(**checkpoint["settings"])
+        if args.eval:  # the test set, unless this command line says otherwise
+            parser.set_defaults(validate=None)
         args = parser.parse_args(argv)
-    args.epochs = EPOCHS[args.dataset] if args.epochs is None else args.epochs
-    for name in ("brightness", "contrast"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(data.SPECS[args.dataset], name))
+    if args.epochs is None:
+        args.epochs = EPOCHS[args.dataset]
     return args, checkpoint
 
 
@@ -232,34 +223,33 @@ def keep_freed_memory():
 
 def benchmark(args):
     """Print the speed of full training steps and of inference on random images, and the memory."""
-    net, spec, cuda = build(args, None), data.SPECS[args.dataset], "cuda" in args.device
+    net, cuda = build(args, None), "cuda" in args.device
     images = torch.randn(args.batch_size, *net.image_shape, device=args.device)
-    labels = torch.randint(len(spec.classes), (args.batch_size,), device=args.device)
+    labels = torch.zeros(args.batch_size, dtype=torch.int64, device=args.device)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-4)
 
-    def step():
+    def forward():
         with autocast(args):
-            logits = net(images)[1].float()
+            return net(images)[1].float()
+
+    def step():
         optimizer.zero_grad()
-        F.cross_entropy(logits, labels).backward()
+        F.cross_entropy(forward(), labels).backward()
         optimizer.step()
 
-    @torch.no_grad()
-    def infer():
-        with autocast(args):
-            net(images)
-
-    rates = []
-    for call in (step, infer):
+    def rate(call):
         call()  # compiles
         timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-        rates.append(args.batch_size / timer.blocked_autorange(min_run_time=10).median)
-        if call is step:
-            peak = (torch.cuda.max_memory_allocated() if cuda else
-                    1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e6
+        return args.batch_size / timer.blocked_autorange(min_run_time=10).median
+
+    training = rate(step)
+    peak = (torch.cuda.max_memory_allocated() if cuda else
+            1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    with torch.no_grad():
+        inference = rate(forward)
     name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    print(f"{args.routing}, batches of {args.batch_size}, {name}: training {rates[0]:.1f} "
-          f"images/s, inference {rates[1]:.1f} images/s, peak of {peak:.0f} MB "
+    print(f"{args.routing}, batches of {args.batch_size}, {name}: training {training:.1f} "
+          f"images/s, inference {inference:.1f} images/s, peak of {peak / 1e6:.0f} MB "
           f"{'allocated' if cuda else 'resident'}")
 
 
@@ -278,24 +268,21 @@ def train(net, fit, held_out, args, checkpoint, out):
     last confusion counts, None without `held_out`.
     """
     spec, size, device = data.SPECS[args.dataset], args.batch_size, torch.device(args.device)
-    usable = max(size, len(fit.labels) // size * size)  # a last batch that is not full is left out
-    if size % WORLD or len(fit.labels) < WORLD:
+    usable = max(1, len(fit.labels) // size) * size  # a last batch that is not full is left out
+    if size % WORLD:
         fail(f"--batch-size {size}: expected a multiple of the {WORLD} processes")
     model = net if WORLD == 1 else nn.parallel.DistributedDataParallel(
         net, find_unused_parameters=args.iterations == 0)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
-    noise = torch.Generator(device).manual_seed(args.seed + 1000 * RANK)  # of the augmentation
+    noise = torch.Generator(device).manual_seed(args.seed)  # of the augmentation
     tally = torch.zeros(4, device=device)  # this epoch's sums: loss, errors, images, signals
     first_epoch, position, step, rows, earlier, confusion = 0, 0, 0, [], 0.0, None
     if checkpoint:
-        try:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            noise.set_state(checkpoint["noise"])
-            tally.copy_(checkpoint["tally"])
-            first_epoch, position, step, rows, earlier = (
-                checkpoint[k] for k in ("epoch", "position", "step", "rows", "seconds"))
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            fail(f"{args.resume}: not a checkpoint of this program ({type(error).__name__})")
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        noise.set_state(checkpoint["noise"])
+        tally.copy_(checkpoint["tally"])
+        first_epoch, position, step, rows, earlier = (
+            checkpoint[k] for k in ("epoch", "position", "step", "rows", "seconds"))
     start = shown = saved = time.time()
     seen = 0
 
@@ -308,15 +295,16 @@ def train(net, fit, held_out, args, checkpoint, out):
 
     for epoch in range(first_epoch, args.epochs):
         generator = torch.Generator().manual_seed(1000 * args.seed + epoch)
-        order = torch.randperm(len(fit.labels), generator=generator)[:usable].to(device)
+        order = torch.randperm(len(fit.labels), generator=generator).to(device)
         net.train()
-        for batch in order[position:].split(size):
-            done = (epoch + position / usable) / args.epochs
+        for at in range(position, usable, size):
+            done = (epoch + at / usable) / args.epochs
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1.0, (step + 1) / 10) * args.lr_end**done
-            mine = batch[RANK::WORLD]
-            images, labels = data.augment(data.standardise(fit.images[mine]), spec.crop,
-                                          args.brightness, args.contrast, noise), fit.labels[mine]
+                group["lr"] = args.lr * min(1.0, (step + 1) / WARMUP) * LR_END**done
+            batch = order[at:at + size]
+            images = data.augment(data.standardise(fit.images[batch]), spec, noise)
+            # All processes augment the whole batch, so their number does not change the images.
+            images, labels = images[RANK::WORLD], fit.labels[batch][RANK::WORLD]
             with autocast(args):
                 logits = model(images)[1].float()
             if args.loss == "spread":
@@ -329,35 +317,32 @@ def train(net, fit, held_out, args, checkpoint, out):
             norm = nn.utils.get_total_norm(grads.values())
             if not (loss + norm).isfinite():  # before it reaches the weights
                 bad = [name for name, grad in grads.items() if not grad.isfinite().all()]
-                fail(f"step {step + 1}: loss {loss.item()}, not finite in the gradient of "
-                     f"{', '.join(bad) or 'nothing'}; the last checkpoint in {out} is good")
-            nn.utils.clip_grads_with_norm_(net.parameters(), args.clip, norm)
+                fail(f"step {step + 1}: the loss is {loss.item()}, gradients not finite: "
+                     f"{', '.join(bad) or 'none'}; what is saved in {out} is from before")
+            nn.utils.clip_grads_with_norm_(net.parameters(), CLIP, norm)
             optimizer.step()
-            step, position, seen = step + 1, position + len(batch), seen + len(batch)
+            step, seen = step + 1, seen + len(batch)
             wrong = (logits.argmax(1) != labels).sum()
-            sums = torch.stack([loss.detach() * len(mine), wrong, wrong.new_tensor(len(mine)),
+            sums = torch.stack([loss.detach() * len(labels), wrong, wrong.new_tensor(len(labels)),
                                 wrong.new_tensor(len(SIGNALS))])
             if WORLD > 1:  # a signal to one process stops all, after the same step
                 dist.all_reduce(sums)
             tally += sums
-            end = position == usable
-            if end or time.time() - shown > (1 if sys.stdout.isatty() else 30):
+            if at + size == usable or time.time() - shown > (1 if sys.stdout.isatty() else 30):
                 shown, rate = time.time(), seen / (time.time() - start)
-                left = ((args.epochs - epoch) * usable - position) / rate / 60
-                print(f"epoch {epoch + 1}/{args.epochs}  {rate:.0f} images/s  "
-                      f"loss {tally[0] / tally[2]:.4f}  "
-                      f"training error {100 * tally[1] / tally[2]:.2f} %  {left:.0f} min left",
-                      end="\n" if end or not sys.stdout.isatty() else "\r", flush=True)
-            if tally[3] and not end:
-                tally[3] = 0
-                save(epoch, position)
+                left = ((args.epochs - epoch) * usable - at - size) / rate
+                print(f"epoch {epoch + 1}/{args.epochs}  {rate:.0f} images/s  loss "
+                      f"{tally[0] / tally[2]:.4f}  training error {100 * tally[1] / tally[2]:.2f} %"
+                      f"  {left / 60:.0f} min left", flush=True,
+                      end="\r" if sys.stdout.isatty() and at + size < usable else "\n")
+            stop = tally[3] > 0
+            if stop or time.time() - saved > SAVE_SECONDS:
+                tally[3], saved = 0, time.time()
+                save(epoch, at + size)
+            if stop:
                 raise Stopped
-            if time.time() - saved > 120 and not end:
-                save(epoch, position)
-                saved = time.time()
-        loss, wrong, images, signals = tally.tolist()
-        row = dict(epoch=epoch + 1, step=step, loss=loss / images,
-                   training_error=100 * wrong / images)
+        row = dict(epoch=epoch + 1, step=step, loss=(tally[0] / tally[2]).item(),
+                   training_error=(100 * tally[1] / tally[2]).item())
         if held_out:
             confusion = evaluate(net, held_out, args)
             row["validation_error"] = error_of(confusion)
@@ -368,8 +353,6 @@ def train(net, fit, held_out, args, checkpoint, out):
         # Before the checkpoint: a run that is killed between the two repeats this epoch.
         write(out / "metrics.csv", lambda path: write_csv(path, rows))
         save(epoch + 1, 0)
-        if signals and epoch + 1 < args.epochs:
-            raise Stopped
     return rows, confusion
 
 
@@ -397,10 +380,6 @@ def main(argv=None):
         dist.barrier()
     if args.validate is not None:
         splits = data.hold_out(splits[0], args.validate)
-    if args.limit:
-        generator = torch.Generator().manual_seed(args.seed)
-        keep = torch.randperm(len(splits[0].labels), generator=generator)[:args.limit]
-        splits = data.Dataset(*(part[keep] for part in splits[0])), splits[1]
     fit, held_out = (data.Dataset(*(part.to(args.device) for part in split)) for split in splits)
     net, classes = build(args, checkpoint), data.SPECS[args.dataset].classes
     name = "test" if args.validate is None else "validation"
