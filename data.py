@@ -346,7 +346,7 @@ def _render(parts, azimuth, elevation, lamp):
     return (255 * shade).round().clamp(0, 255).byte().view(-1, 1, n, n)
 
 
-def render_toys(instances, views=TOY_VIEWS):
+def render_toys(instances, views):
     """A stand-in for smallNORB: its categories, each instance of random proportions and shade,
     seen from above at 30 to 70 degrees from all sides. The same on every call."""
     images = []
@@ -407,7 +407,7 @@ def load(name, data_dir="datasets", cameras=1):
     made_from, paths, half = recipe(), [present(source) for source in sources], len(sources) // 2
     if name == "toys":
         _note("rendering toys")
-        splits = tuple(render_toys(instances) for instances in TOY_INSTANCES.values())
+        splits = tuple(render_toys(which, TOY_VIEWS) for which in TOY_INSTANCES.values())
     else:  # the files of the training split, then those of the test
         splits = tuple(_read_split(name, paths[part], sources[part], cameras)
                        for part in (slice(half), slice(half, None)))

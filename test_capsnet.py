@@ -560,3 +560,548 @@ assert losses[-1] < 0.9 * losses[0], losses
 """
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, env=environment)
+
+
+# --------------------------------------------------------------------------------- data.py
+
+
+def norb_files(count=30):
+    """{name: bytes} of a small smallNORB in the official layout."""
+    files, rng = {}, np.random.default_rng(0)
+    for stem, instances in ((data._TRAIN, (4, 6, 7, 8, 9)), (data._TEST, (0, 1, 2, 3, 5))):
+        index = np.arange(count)
+        info = np.stack([np.take(instances, index % 5), index % 9, index % 18 * 2, index % 6], 1)
+        for part, magic, array in (
+                ("dat", 0x1E3D4C55, rng.integers(0, 256, (count, 2, 96, 96), np.uint8)),
+                ("cat", 0x1E3D4C54, (index // 5 % 5).astype("<i4")),
+                ("info", 0x1E3D4C54, info.astype("<i4"))):
+            dims = array.shape + (1,) * (3 - array.ndim)
+            head = struct.pack(f"<{2 + len(dims)}i", magic, array.ndim, *dims)
+            files[f"{stem}{part}.mat"] = head + array.tobytes()
+    return files
+
+
+def mnist_files(count=24):
+    files, rng = {}, np.random.default_rng(1)
+    for stem in ("train", "t10k"):
+        digits = rng.integers(0, 256, (count, 28, 28), np.uint8)
+        files[f"{stem}-images-idx3-ubyte"] = (
+            struct.pack(">4i", 0x803, count, 28, 28) + digits.tobytes())
+        files[f"{stem}-labels-idx1-ubyte"] = struct.pack(">2i", 0x801, count) + bytes(
+            index % 10 for index in range(count))
+    return files
+
+
+FILES = {"smallnorb": norb_files(), "mnist": mnist_files()}
+
+
+def place(folder, files, packed=False):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        path = folder / (name + ".gz" if packed else name)
+        path.write_bytes(gzip.compress(content, 1) if packed else content)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for p, q in zip(a, b) for x, y in zip(p, q))
+
+
+def error_of(call):
+    with pytest.raises(data.DataError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_official_files(tmp_path, packed, capsys):
+    for name, files in FILES.items():
+        place(tmp_path / name, files, packed)
+    train, test = data.load("smallnorb", tmp_path, cameras=2)
+    assert train.images.shape == (30, 2, 48, 48) and train.images.dtype == torch.uint8
+    pixels = torch.frombuffer(bytearray(FILES["smallnorb"][data._TEST + "dat.mat"][24:]),
+                              dtype=torch.uint8)
+    mean = torch.nn.functional.avg_pool2d(pixels.view(30, 2, 96, 96).double(), 2)
+    assert torch.equal(test.images, (mean + 1e-9).add(.5).floor().byte())
+    assert test.labels.tolist() == [index // 5 % 5 for index in range(30)]
+    assert train.instances[:6].tolist() == [4, 6, 7, 8, 9, 4] and test.instances[4] == 5
+    assert data._TRAIN + "dat.mat" in capsys.readouterr().err  # not the published content: warned
+    assert torch.equal(data.load("smallnorb", tmp_path)[0].images, train.images[:, :1])
+
+    train, test = data.load("mnist", tmp_path)
+    assert train.images.shape == (24, 1, 32, 32) and train.labels.tolist()[9:12] == [9, 0, 1]
+    inner = data.crops(test.images, 28)[0]
+    assert inner.numpy().tobytes() == FILES["mnist"]["t10k-images-idx3-ubyte"][16:]
+    assert test.images.sum() == inner.sum()
+    assert train.instances.bincount().tolist() == [2] * 12
+
+
+DAMAGE = {  # the file, what becomes of it, packed or not
+    "wrong magic": ("dat.mat", lambda b: b"\0" + b[1:], False),
+    "cut off": ("dat.mat", lambda b: b[:-5], False),
+    "cut-off header": ("cat.mat", lambda b: b[:7], False),
+    "no items": ("cat.mat", lambda b: b[:8] + struct.pack("<i", 0) + b[12:20], False),
+    "more bytes": ("info.mat", lambda b: b + b"\0", False),
+    "label too high": ("cat.mat", lambda b: b[:20] + struct.pack("<i", 5) + b[24:], False),
+    "label negative": ("cat.mat", lambda b: b[:20] + struct.pack("<i", -1) + b[24:], False),
+    "instance negative": ("info.mat", lambda b: b[:20] + struct.pack("<i", -1) + b[24:], False),
+    "fewer labels": ("cat.mat", lambda b: b[:8] + struct.pack("<i", 29) + b[12:-4], False),
+    "other width": ("dat.mat", lambda b: b[:20] + struct.pack("<i", 95) + b[24:], False),
+    "absurd count": ("dat.mat", lambda b: b[:8] + struct.pack("<i", 2**31 - 1) + b[12:], False),
+    "html": ("dat.mat", lambda b: b"<!DOCTYPE html>\n<title>403</title>", True),
+    "cut-off gzip": ("dat.mat", lambda b: gzip.compress(b)[:-3000], True),
+    "gzip checksum": ("cat.mat", lambda b: gzip.compress(b)[:-8] + b"\1" * 8, True),
+    "gzip bomb": ("cat.mat", lambda b: gzip.compress(b + bytes(10**8), 9), True),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_files_are_named(tmp_path, kind):
+    part, damage, packed = DAMAGE[kind]
+    name, files = data._TEST + part, FILES["smallnorb"]
+    place(tmp_path / "smallnorb", files, packed)
+    path = tmp_path / "smallnorb" / (name + ".gz" * packed)
+    path.write_bytes(damaged := damage(files[name]))
+    assert name in error_of(lambda: data.load("smallnorb", tmp_path))
+    assert path.read_bytes() == damaged  # left as the user put it
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_mutated_files_give_one_line_or_correct_data(name, tmp_path, capsys, monkeypatch):
+    """Bits flipped, headers overwritten, tails cut or added; also in the cache."""
+    monkeypatch.setitem(data.SOURCES, name, tuple(
+        s._replace(content=hashlib.sha256(FILES[name][s.name]).hexdigest())
+        for s in data.SOURCES[name]))
+    rng, folder = np.random.default_rng(0), tmp_path / name
+    place(folder, FILES[name])
+    expected, cache = data.load(name, tmp_path), (folder / "cache-1.pt").read_bytes()
+    for round in range(40):
+        shutil.rmtree(folder)
+        place(folder, FILES[name], packed=round % 2)
+        if round % 4 == 0:
+            (folder / "cache-1.pt").write_bytes(cache)
+        path = rng.choice(sorted(folder.iterdir()))
+        content = bytearray(path.read_bytes())
+        at = int(rng.integers(len(content)))
+        match rng.integers(4):
+            case 0:
+                content[at] ^= 1 << rng.integers(8)
+            case 1:
+                content = content[:at]
+            case 2:
+                content += rng.bytes(20)
+            case 3:
+                content[4 * (at % 6):4 * (at % 6) + 4] = rng.bytes(4)
+        path.write_bytes(content)
+        capsys.readouterr()
+        try:
+            found = data.load(name, tmp_path)
+        except data.DataError as error:
+            assert path.name.removesuffix(".gz") in str(error) and "\n" not in str(error)
+        else:
+            assert same(found, expected) or str(path) in capsys.readouterr().err
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A local mirror of a small MNIST: its folder, with the published facts changed to match."""
+    folder = tmp_path / "site"
+    place(folder, FILES["mnist"], True)
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(403) if (folder / "forbidden").exists() else super().do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Handler, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    published = []
+    for source in data.SOURCES["mnist"]:
+        content = (folder / (source.name + ".gz")).read_bytes()
+        published.append(source._replace(packed=len(content), content="",
+                                         sha256=hashlib.sha256(content).hexdigest()))
+    monkeypatch.setitem(data.SOURCES, "mnist", tuple(published))
+    monkeypatch.setitem(data.MIRRORS, "mnist", (
+        "http://127.0.0.1:9/", f"http://127.0.0.1:{server.server_port}/"))
+    yield folder
+    server.shutdown()
+    server.server_close()
+
+
+def test_download(site, tmp_path):
+    splits = data.load("mnist", tmp_path / "got")
+    place(tmp_path / "placed" / "mnist", FILES["mnist"])
+    assert same(splits, data.load("mnist", tmp_path / "placed"))
+    names = {source.name + ".gz" for source in data.SOURCES["mnist"]} | {"cache-1.pt"}
+    assert set(os.listdir(tmp_path / "got" / "mnist")) == names
+
+
+@pytest.mark.parametrize("trouble", ["403", "404", "15 bytes", "cut off", "sha256"])
+def test_failed_download_is_one_line_and_leaves_nothing(site, tmp_path, trouble):
+    name = "t10k-images-idx3-ubyte.gz"
+    content = (site / name).read_bytes()
+    if trouble == "403":
+        name = "train-images-idx3-ubyte.gz"
+        (site / "forbidden").touch()
+    elif trouble == "404":
+        (site / name).unlink()
+    else:
+        (site / name).write_bytes({"15 bytes": b"<html>no</html>", "cut off": content[:-9],
+                                   "sha256": content[:-1] + b"\7"}[trouble])
+    text = error_of(lambda: data.load("mnist", tmp_path / "got"))
+    assert trouble in text and name in text and "127.0.0.1:9" in text
+    left = os.listdir(tmp_path / "got" / "mnist")
+    assert name not in left and not any(".part" in file or "cache" in file for file in left)
+
+
+SPOIL = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "foreign": lambda path: torch.save({"recipe": []}, path),
+    "shape": lambda path: respoil(path, images=torch.zeros(24, 1, 28, 28, dtype=torch.uint8)),
+    "counts": lambda path: respoil(path, labels=torch.zeros(23, dtype=torch.int64)),
+    "labels": lambda path: respoil(path, labels=torch.full((24,), 10)),
+}
+
+
+def respoil(path, **changes):
+    cached = torch.load(path)
+    cached["train"] = tuple(data.Dataset(*cached["train"])._replace(**changes))
+    torch.save(cached, path)
+
+
+@pytest.mark.parametrize("kind", SPOIL)
+def test_bad_cache_is_made_anew(tmp_path, kind, capsys):
+    cache = tmp_path / "mnist" / "cache-1.pt"
+    place(cache.parent, FILES["mnist"])
+    splits = data.load("mnist", tmp_path)
+    SPOIL[kind](cache)
+    capsys.readouterr()
+    assert same(data.load("mnist", tmp_path), splits)
+    assert f"{cache}: not a usable cache" in capsys.readouterr().err
+    data.load("mnist", tmp_path)
+    assert str(cache) not in capsys.readouterr().err  # and is whole again
+
+
+def test_cache_follows_its_sources(tmp_path, monkeypatch):
+    folder = tmp_path / "mnist"
+    place(folder, FILES["mnist"])
+    splits = data.load("mnist", tmp_path)
+    label_file = folder / "train-labels-idx1-ubyte"
+    label_file.write_bytes(label_file.read_bytes()[:-1] + b"\7")  # same length, later
+    changed = data.load("mnist", tmp_path)
+    assert changed[0].labels[-1] == 7 and splits[0].labels[-1] == 3
+    for source in data.SOURCES["mnist"]:
+        (folder / source.name).unlink()
+    assert same(data.load("mnist", tmp_path), changed)  # the cache alone
+    monkeypatch.setattr(data, "FORMAT", "another")
+    monkeypatch.setitem(data.MIRRORS, "mnist", ("http://127.0.0.1:9/",))
+    assert "download failed" in error_of(lambda: data.load("mnist", tmp_path))
+
+
+def test_toys_and_no_place_for_their_cache(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "TOY_VIEWS", 2)
+    (tmp_path / "toys").write_bytes(b"a file where the folder should be")
+    train, test = data.load("toys", tmp_path)
+    assert "cannot be written" in capsys.readouterr().err
+    assert train.images.shape == (100, 1, 48, 48) and train.labels.bincount().tolist() == [20] * 5
+    assert not set(train.instances.tolist()) & set(test.instances.tolist())
+    assert same([train], [data.render_toys(range(10), 2)])  # the same on every call
+    assert len(train.images.flatten(1).unique(dim=0)) == 100  # no two alike
+    lit = train.images[:, 0, 0].float().mean(1)  # the ground; toys are darker
+    assert (train.images.flatten(1).float().std(1) > 8).all() and (lit > 150).all()
+
+
+def test_ray_casting_of_one_floating_ball(monkeypatch):
+    ball, zero = torch.tensor([[0, 0, 0.8, 0.3, 0.3, 0.3, 0.0]]), torch.zeros(1)  # black
+    image = data._render(ball, zero, zero + math.pi / 2, zero)[0, 0]
+    pixel = (2.6 / 48) ** 2
+    assert abs((image == 0).sum() * pixel - math.pi * 0.3**2) < 0.02
+    shadow = (image.int() - round(255 * 0.9 * 0.35)).abs() <= 1
+    rows, columns = shadow.nonzero().double().mean(0)  # a lamp in front, which is below: behind it
+    assert shadow.sum() * pixel > 0.1 and abs(columns - 23.5) < 1 and rows < 20
+
+
+def test_hold_out():
+    instances = torch.tensor([4, 6, 7, 8, 9] * 5)
+    train = data.Dataset(torch.arange(25).byte().view(25, 1, 1, 1),
+                         torch.arange(5).repeat_interleave(5), instances)
+    fit, validation = data.hold_out(train, 7)
+    assert set(fit.instances.tolist()) == {4, 6, 8, 9} and set(validation.instances.tolist()) == {7}
+    assert validation.labels.tolist() == [0, 1, 2, 3, 4]
+    assert sorted(torch.cat([fit.images, validation.images]).flatten().tolist()) == [*range(25)]
+    assert "[4, 6, 7, 8, 9]" in error_of(lambda: data.hold_out(train, 5))
+    assert "only one" in error_of(lambda: data.hold_out(validation, 7))
+    assert "cifar" in error_of(lambda: data.load("cifar"))
+    assert "2 cameras" in error_of(lambda: data.load("toys", cameras=2))
+
+
+def test_standardise():
+    images = torch.randint(256, (4, 2, 48, 48), dtype=torch.uint8)
+    images[1], images[2], images[3] = 255, 7, 200
+    images[3, 0, 0, 0] = 201  # the least variance that an image can have
+    out = data.standardise(images)
+    assert out.dtype == torch.float32 and (out[1:3] == 0).all()
+    for image in (out[0], out[3]):
+        assert abs(image.mean()) < 1e-3 and abs(image.std(unbiased=False) - 1) < 1e-3
+
+
+def test_augment_and_crops():
+    images = torch.arange(500 * 2 * 8 * 8).float().view(500, 2, 8, 8)
+
+    def run(brightness, contrast, seed=0):
+        spec = data.SPECS["mnist"]._replace(crop=6, brightness=brightness, contrast=contrast)
+        return data.augment(images, spec, torch.Generator().manual_seed(seed))
+
+    assert torch.equal(run(2, .5), run(2, .5)) and not torch.equal(run(2, .5), run(2, .5, 1))
+    plain, places = run(0, 0), set()
+    for image, window in zip(images, plain):
+        top, left = divmod(int(window[0, 0, 0] - image[0, 0, 0]), 8)
+        places.add((top, left))
+        assert torch.equal(window, image[:, top:top + 6, left:left + 6])
+    assert places == {(top, left) for top in range(3) for left in range(3)}
+    shift = run(2., 0) - plain
+    assert shift.flatten(1).max(1)[0].sub(shift.flatten(1).min(1)[0]).max() < .1  # one an image
+    assert -2 <= shift.min() + .1 and -2 < shift.min() < -1.9 and 1.9 < shift.max() < 2.01
+    gain = (run(0, .5)[1:] / plain[1:]).flatten(1)
+    assert (gain.max(1)[0] - gain.min(1)[0]).max() < 1e-4
+    assert .4999 < gain.min() < .52 and 1.48 < gain.max() < 1.5001
+
+    image = torch.arange(80.).view(1, 1, 8, 10)
+    assert torch.equal(*data.crops(image, 4), image[:, :, 2:6, 3:7])
+    assert [divmod(int(c[0, 0, 0, 0]), 10) for c in data.crops(image, 2, 3)] == [
+        (top, left) for top in (1, 3, 5) for left in (1, 4, 6)]
+
+
+# ------------------------------------------------------------------------------ train.py
+
+
+@pytest.fixture
+def small_mnist(tmp_path):
+    place(tmp_path / "data" / "mnist", FILES["mnist"])
+    return ["--dataset", "mnist", "--data-dir", str(tmp_path / "data"), "--no-compile",
+            "--iterations", "0", "--batch-size", "4", "--device", "cpu"]
+
+
+def fails(arguments):
+    """What the command says when it refuses."""
+    with pytest.raises((SystemExit, data.DataError)) as stop:
+        train.main(arguments)
+    assert "\n" not in str(stop.value)
+    return str(stop.value)
+
+
+def metrics(folder):
+    return [{**row, "seconds": 0} for row in csv.DictReader(open(folder / "metrics.csv"))]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_and_resumed_run_repeats_the_uninterrupted_one(
+        number, small_mnist, tmp_path, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train.main([*small_mnist, "--epochs", "3", "--out", str(whole)])
+    assert "test error" in capsys.readouterr().out
+    command = [sys.executable, train.__file__, *small_mnist, "--epochs", "3", "--out", str(cut)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    line = "epoch 2/3" if number == signal.SIGKILL else "epoch 1/3"  # printed, then saved
+    assert any(text.startswith(line) for text in run.stdout)
+    run.send_signal(number)
+    output = run.communicate(timeout=60)[0]
+    if number != signal.SIGKILL:
+        assert f"--resume {cut / 'checkpoint.pt'}" in output and run.returncode == 130
+    assert not (cut / "weights.pt").exists()
+    assert 6 <= torch.load(cut / "checkpoint.pt", weights_only=True)["step"] < 18
+
+    train.main(["--resume", str(cut / "checkpoint.pt"), *small_mnist[2:5]])
+    first, second = (torch.load(p / "weights.pt", weights_only=True)["model"] for p in (whole, cut))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert metrics(whole) == metrics(cut) and len(metrics(cut)) == 3
+    capsys.readouterr()
+    train.main(["--eval", str(whole / "weights.pt"), *small_mnist[2:5]])
+    assert "of 24 images" in capsys.readouterr().out
+
+
+def test_another_batch_size_or_more_epochs_after_resuming_keep_the_count_of_epochs(
+        small_mnist, tmp_path, monkeypatch):
+    """Stopped in the middle of epoch 2, which then has 2 of 6 batches left over, as one of 8."""
+    checkpoint, steps, step = tmp_path / "run" / "checkpoint.pt", [], torch.optim.Adam.step
+
+    def stop_at_10(self, *args):
+        steps.append(len(steps))
+        if len(steps) == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", stop_at_10)
+    before = signal.getsignal(signal.SIGINT)
+    assert fails([*small_mnist, "--epochs", "3", "--out", str(tmp_path / "run")]) == "130"
+    assert signal.getsignal(signal.SIGINT) is before
+    train.main(["--resume", str(checkpoint), *small_mnist[2:5], "--batch-size", "8",
+                "--epochs", "4"])
+    assert [(row["epoch"], row["step"]) for row in metrics(tmp_path / "run")] == [
+        ("1", "6"), ("2", "11"), ("3", "14"), ("4", "17")]
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harmed",)
+
+
+@pytest.mark.parametrize("kind", ["code", "truncated", "empty", "foreign"])
+def test_weights_from_strangers_run_nothing(kind, small_mnist, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "weights.pt"
+    torch.save({"code": {"settings": {"dataset": "mnist"}, "model": Harmful()},
+                "foreign": {"state_dict": {}}}.get(kind, {"model": torch.zeros(5000)}), path)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-3000])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    before = sorted(os.listdir())
+    for option in "--eval", "--resume":
+        assert f"{path}: not a checkpoint of this program" in fails([option, str(path)])
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize("where", ["the loss is nan", "the loss is inf", "none; what is saved"])
+def test_numbers_that_are_not_finite_stop_the_run(where, small_mnist, tmp_path, monkeypatch):
+    """At step 8, in the second epoch: the checkpoint of the first stays, with finite weights."""
+    out, losses, plain = tmp_path / "run", [], train.F.cross_entropy
+
+    def spoiled(logits, labels):
+        losses.append(plain(logits, labels))
+        if len(losses) < 8:
+            return losses[-1]
+        return {"nan": losses[-1] * math.nan, "inf": losses[-1] * math.inf,
+                "saved": losses[-1] / 0 * 0 + losses[-1].detach() * math.inf}[where.split()[-1]]
+
+    monkeypatch.setattr(train.F, "cross_entropy", spoiled)
+    before = signal.getsignal(signal.SIGTERM)
+    message = fails([*small_mnist, "--epochs", "3", "--out", str(out)])
+    assert "step 8:" in message and str(out) in message
+    if "loss" in where:
+        assert where in message and "class_caps.weight" in message
+    assert signal.getsignal(signal.SIGTERM) is before
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 6
+    assert all(x.isfinite().all() for x in checkpoint["model"].values())
+
+
+def test_validation_never_touches_the_test_set_until_weights_are_scored(
+        small_mnist, tmp_path, capsys, monkeypatch):
+    scored, evaluate = [], train.evaluate
+    monkeypatch.setattr(train, "evaluate",
+                        lambda net, split, args: scored.append(split) or evaluate(net, split, args))
+    out = tmp_path / "run"
+    train.main([*small_mnist, "--validate", "11", "--epochs", "1", "--amp", "--out", str(out)])
+    official, test = data.load("mnist", small_mnist[3])
+    assert len(scored) == 1 and torch.equal(scored[0].labels, official.labels[22:])
+    output = capsys.readouterr().out
+    assert "validation error" in output and "test error" not in output
+    train.main(["--eval", str(out / "weights.pt"), "--no-amp", *small_mnist[2:5]])
+    assert torch.equal(scored[1].images, test.images) and "test error" in capsys.readouterr().out
+
+
+def test_two_processes_train_as_one_and_only_the_first_writes(small_mnist, tmp_path, capsys):
+    """On a CPU each has its own batch statistics, so that losses differ a little."""
+    train.main([*small_mnist, "--epochs", "2", "--out", str(tmp_path / "one")])
+    expected = capsys.readouterr().out.splitlines()
+
+    def torchrun(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+             train.__file__, *small_mnist, *arguments], capture_output=True, text=True,
+            timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    run = torchrun("--epochs", "2", "--out", str(tmp_path / "two"))
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) == len(expected) and "of 24 images" in run.stdout
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [row["step"] for row in two] == ["6", "12"]
+    for row, other in zip(one, two):
+        assert float(other["loss"]) == pytest.approx(float(row["loss"]), rel=0.2)
+    files = ["checkpoint.pt", "metrics.csv", "result.json", "weights.pt"]
+    assert sorted(os.listdir(tmp_path / "two")) == files
+    train.main(["--eval", str(tmp_path / "two" / "weights.pt"), *small_mnist[2:5]])  # by one
+    assert "--batch-size 3: expected a multiple of the 2" in torchrun("--batch-size", "3").stderr
+
+
+class FirstPixel(torch.nn.Module):
+    """Class 1 as surely as the first pixel is bright, class 0 as it is dark."""
+
+    def forward(self, images):
+        logits = torch.full((len(images), 10), -99.)
+        logits[:, 0], logits[:, 1] = 1, images[:, 0, 0, 0]
+        return None, logits
+
+
+def test_evaluate_counts_every_image_once_and_averages_probabilities_over_crops():
+    """One bright crop of nine is outvoted, though its logit is larger than the others together."""
+    labels = torch.arange(300) % 3
+    images = torch.zeros(300, 1, 32, 32, dtype=torch.uint8)
+    images[labels == 1, 0, 2, 2] = 255  # the corner of the central crop: class 1, the rest class 0
+    images[labels == 2, 0, :4, :4] = 255  # of nearly all crops
+    for crops, expected in ("1", [[100, 0], [0, 100], [0, 100]]), (
+            "3", [[100, 0], [100, 0], [0, 100]]):
+        args, _ = train.parse(["--dataset", "mnist", "--device", "cpu", "--crops", crops])
+        confusion = train.evaluate(FirstPixel(), data.Dataset(images, labels, None), args)
+        assert confusion[:3, :2].tolist() == expected and confusion.sum() == 300
+    assert train.error_of(confusion) == pytest.approx(200 / 3)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--eval", "absent.pt"], "absent.pt: No such file"),
+    (["--option", "lambda9=1"], "lambda9"),
+    (["--option", "lambda1"], "NAME=VALUE"),
+    (["--batch-size", "0"], "--batch-size: 0: expected 1"),
+    (["--lr", "nan"], "--lr: nan: expected 0 to 1"),
+    (["--lr", "high"], "--lr: invalid float value: 'high'"),
+    (["--device", "abacus"], "--device abacus"),
+    (["--cameras", "2"], "2 cameras"),
+    (["--validate", "12"], "no instance 12"),
+])
+def test_a_users_mistake_is_one_line(small_mnist, tmp_path, arguments, words):
+    assert words in fails([*small_mnist, *arguments, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_of_the_routing_are_python_literals():
+    for text, routing in (("num_kernels=2", "similarity"), ("phi=(8, 8)", "connectionist"),
+                          ("hidden_size=8", "connectionist"), ("mean_shift=True", "similarity")):
+        train.build(*train.parse(["--no-compile", "--option", text, "--routing", routing]))
+
+
+def test_weights_of_another_network_and_existing_runs_are_refused(small_mnist, tmp_path):
+    out = tmp_path / "run"
+    train.main([*small_mnist, "--epochs", "0", "--out", str(out)])
+    weights = out / "weights.pt"
+    before = weights.read_bytes()
+    assert "weights of another network" in fails(
+        ["--eval", str(weights), "--routing", "em", *small_mnist[2:5]])
+    assert "weights only, expected the checkpoint.pt" in fails(["--resume", str(weights)])
+    (out / "checkpoint.pt").touch()
+    assert "holds a run already" in fails([*small_mnist, "--out", str(out)])
+    assert weights.read_bytes() == before
+
+
+def test_a_failed_save_leaves_the_file_before_it(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    path.write_text("whole")
+
+    def full(aside):
+        aside.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(SystemExit, match="checkpoint.pt could not be written.*No space left"):
+        train.write(path, full)
+    assert path.read_text() == "whole" and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_benchmark_prints_one_line_and_needs_no_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.Timer, "blocked_autorange", lambda timer, **_: timer.timeit(1))
+    train.main(["--benchmark", "--no-compile", "--batch-size", "2", "--device", "cpu",
+                "--data-dir", str(tmp_path / "none")])
+    assert "images/s" in capsys.readouterr().out and not (tmp_path / "none").exists()
