@@ -966,25 +966,20 @@ def test_weights_from_strangers_run_nothing(kind, small_mnist, tmp_path, monkeyp
     assert sorted(os.listdir()) == before
 
 
-@pytest.mark.parametrize("where", ["the loss is nan", "the loss is inf", "none; what is saved"])
-def test_numbers_that_are_not_finite_stop_the_run(where, small_mnist, tmp_path, monkeypatch):
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_stop_the_run(factor, small_mnist, tmp_path, monkeypatch):
     """At step 8, in the second epoch: the checkpoint of the first stays, with finite weights."""
     out, losses, plain = tmp_path / "run", [], train.F.cross_entropy
 
     def spoiled(logits, labels):
         losses.append(plain(logits, labels))
-        if len(losses) < 8:
-            return losses[-1]
-        return {"nan": losses[-1] * math.nan, "inf": losses[-1] * math.inf,
-                "saved": losses[-1] / 0 * 0 + losses[-1].detach() * math.inf}[where.split()[-1]]
+        return losses[-1] * (factor if len(losses) == 8 else 1)
 
     monkeypatch.setattr(train.F, "cross_entropy", spoiled)
     before = signal.getsignal(signal.SIGTERM)
     message = fails([*small_mnist, "--epochs", "3", "--out", str(out)])
-    assert "step 8:" in message and str(out) in message
-    if "loss" in where:
-        assert where in message and "class_caps.weight" in message
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert f"step 8: the loss is {factor}" in message and "class_caps.weight" in message
+    assert str(out) in message and signal.getsignal(signal.SIGTERM) is before
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 6
     assert all(x.isfinite().all() for x in checkpoint["model"].values())
@@ -1055,10 +1050,10 @@ def test_evaluate_counts_every_image_once_and_averages_probabilities_over_crops(
 @pytest.mark.parametrize("arguments, words", [
     (["--eval", "absent.pt"], "absent.pt: No such file"),
     (["--option", "lambda9=1"], "lambda9"),
-    (["--option", "lambda1"], "NAME=VALUE"),
+    (["--option", "lambda1"], "--option: invalid assignment value: 'lambda1'"),
     (["--batch-size", "0"], "--batch-size: 0: expected 1"),
-    (["--lr", "nan"], "--lr: nan: expected 0 to 1"),
-    (["--lr", "high"], "--lr: invalid float value: 'high'"),
+    (["--lr", "nan"], "--lr: nan: expected 0 or more"),
+    (["--lr", "high"], "--lr: invalid number value: 'high'"),
     (["--device", "abacus"], "--device abacus"),
     (["--cameras", "2"], "2 cameras"),
     (["--validate", "12"], "no instance 12"),
@@ -1068,9 +1063,9 @@ def test_a_users_mistake_is_one_line(small_mnist, tmp_path, arguments, words):
     assert not (tmp_path / "run").exists()
 
 
-def test_options_of_the_routing_are_python_literals():
-    for text, routing in (("num_kernels=2", "similarity"), ("phi=(8, 8)", "connectionist"),
-                          ("hidden_size=8", "connectionist"), ("mean_shift=True", "similarity")):
+def test_options_of_the_routing_may_be_integers_lists_and_switches():
+    for text, routing in (("num_kernels=2", "similarity"), ("phi=[8, 8]", "connectionist"),
+                          ("hidden_size=8", "connectionist"), ("mean_shift=true", "similarity")):
         train.build(*train.parse(["--no-compile", "--option", text, "--routing", routing]))
 
 

@@ -8,8 +8,6 @@ whole. Without it all training images are used, and the test set is looked at on
 """
 
 import argparse
-import ast
-import csv
 import ctypes
 import json
 import math
@@ -34,6 +32,7 @@ from capsnet import ROUTINGS, CapsNet, spread_loss
 
 EPOCHS = {"toys": 2, "mnist": 5, "smallnorb": 30}
 WARMUP, LR_END, CLIP = 10, 0.03, 1.0  # steps; share of --lr at the end; norm of the gradient
+ROUTING_LR = 5  # times --lr: lambda, theta, widths and the like have further to go than W
 EVAL_BATCH, SAVE_SECONDS = 32, 120
 # Where and how to run: no checkpoint imposes these on its successor.
 LOCAL = ("resume", "eval", "benchmark", "out", "data_dir", "device", "compile", "crops")
@@ -49,23 +48,19 @@ def fail(message):
 # ---------------------------------------------------------------------- options and checkpoints
 
 
-def number(kind, low, high=math.inf):
-    """The type of an option: a number from low to high, or a one-line error."""
-    def parse(text):
+def at_least(low, kind=int):
+    """The type of an option that is a number."""
+    def number(text):
         value = kind(text)
-        if not low <= value <= high:  # nan included
-            raise argparse.ArgumentTypeError(f"{text}: expected {low} to {high}")
+        if not low <= value < math.inf:  # nan included
+            raise argparse.ArgumentTypeError(f"{text}: expected {low} or more")
         return value
-    parse.__name__ = kind.__name__  # argparse says "invalid float value"
-    return parse
+    return number
 
 
 def assignment(text):
     name, _, value = text.partition("=")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        raise argparse.ArgumentTypeError(f"{text}: expected NAME=VALUE, a Python literal") from None
+    return name, json.loads(value)
 
 
 def parse(argv=None):
@@ -79,16 +74,16 @@ def parse(argv=None):
     add("--dataset", choices=data.SPECS, default="toys", help="toys need no download")
     add("--cameras", type=int, default=1, help="of smallnorb, as channels: 1 or 2")
     add("--routing", choices=ROUTINGS, default="similarity", help="the routing procedure")
-    add("--iterations", type=number(int, 0), default=3, help="of the routing; 0 is the mean vote")
+    add("--iterations", type=at_least(0), default=3, help="of the routing; 0 is the mean vote")
     add("--option", type=assignment, metavar="NAME=VALUE", action="append", default=[],
         help="for the routing's constructor, such as lambda1=1; may be repeated")
     add("--loss", choices=("cross-entropy", "spread"), default="cross-entropy", help="of logits")
-    add("--epochs", type=number(int, 0), help=f"if not {EPOCHS}")
-    add("--batch-size", type=number(int, 1), default=16, help="images per step")
-    add("--lr", type=number(float, 0, 1), default=6e-3, help="Adam's learning rate at its highest")
+    add("--epochs", type=at_least(0), help=f"if not {EPOCHS}")
+    add("--batch-size", type=at_least(1), default=16, help="images per step")
+    add("--lr", type=at_least(0, float), default=1.2e-2, help="Adam's learning rate at its highest")
     add("--validate", type=int, metavar="INSTANCE",
         help="hold out this training instance of every class, and leave the test set alone")
-    add("--crops", type=number(int, 1), default=1, help="score N x N crops, 1: the central one")
+    add("--crops", type=at_least(1), default=1, help="score N x N crops, 1: the central one")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
     add("--amp", action=switch, default=False, help="bfloat16 autocast")
     add("--compile", action=switch, default=compiler is not None,
@@ -100,16 +95,15 @@ def parse(argv=None):
     add("--eval", metavar="WEIGHTS", help="score these weights")
     add("--benchmark", action="store_true", help="time this routing on random images, and stop")
     args, checkpoint = parser.parse_args(argv), None
-    if path := args.resume or args.eval:
-        checkpoint = load_checkpoint(path)
+    if args.resume or args.eval:
+        checkpoint = load_checkpoint(args.resume or args.eval)
         if args.resume and "optimizer" not in checkpoint:
-            fail(f"--resume {path}: weights only, expected the checkpoint.pt of a run")
+            fail(f"--resume {args.resume}: weights only, expected the checkpoint.pt of a run")
         parser.set_defaults(**checkpoint["settings"])
         if args.eval:  # the test set, unless this command line says otherwise
             parser.set_defaults(validate=None)
         args = parser.parse_args(argv)
-    if args.epochs is None:
-        args.epochs = EPOCHS[args.dataset]
+    args.epochs = EPOCHS[args.dataset] if args.epochs is None else args.epochs
     return args, checkpoint
 
 
@@ -124,10 +118,6 @@ def load_checkpoint(path):
         fail(f"{path}: not a checkpoint of this program ({type(error).__name__})")
 
 
-def settings_of(args):
-    return {name: value for name, value in vars(args).items() if name not in LOCAL}
-
-
 def write(path, save):
     """save(name) under another name, then rename: whatever happens, `path` is whole. Of several
     processes the first alone writes."""
@@ -139,13 +129,6 @@ def write(path, save):
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         fail(f"{path} could not be written ({' '.join(str(error).split())}); what was there before "
              "is untouched")
-
-
-def write_csv(path, rows):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 # --------------------------------------------------------------------------- model and evaluation
@@ -260,12 +243,12 @@ class Stopped(Exception):
     """SIGINT or SIGTERM arrived, and the run is saved."""
 
 
-def train(net, fit, held_out, args, checkpoint, out):
+def train(net, fit, held_out, args, settings, checkpoint, signals, out):
     """Train to the last epoch, saving on the way; `held_out` is scored after every epoch.
 
     All that the next step depends on is in the checkpoint, so a resumed run repeats the
-    uninterrupted one bit for bit on the same machine. Returns the rows of metrics.csv and the
-    last confusion counts, None without `held_out`.
+    uninterrupted one bit for bit on the same machine. A number in `signals` stops it. Returns the
+    rows of metrics.csv and the last confusion counts, None without `held_out`.
     """
     spec, size, device = data.SPECS[args.dataset], args.batch_size, torch.device(args.device)
     usable = max(1, len(fit.labels) // size) * size  # a last batch that is not full is left out
@@ -273,7 +256,10 @@ def train(net, fit, held_out, args, checkpoint, out):
         fail(f"--batch-size {size}: expected a multiple of the {WORLD} processes")
     model = net if WORLD == 1 else nn.parallel.DistributedDataParallel(
         net, find_unused_parameters=args.iterations == 0)
-    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
+    named = list(net.named_parameters())
+    optimizer = torch.optim.Adam(
+        [{"params": [p for name, p in named if (".routing." in name) == routing], "scale": scale}
+         for routing, scale in ((False, 1), (True, ROUTING_LR))])
     noise = torch.Generator(device).manual_seed(args.seed)  # of the augmentation
     tally = torch.zeros(4, device=device)  # this epoch's sums: loss, errors, images, signals
     first_epoch, position, step, rows, earlier, confusion = 0, 0, 0, [], 0.0, None
@@ -287,10 +273,9 @@ def train(net, fit, held_out, args, checkpoint, out):
     seen = 0
 
     def save(epoch, position):
-        state = dict(settings=settings_of(args), model=net.state_dict(),
-                     optimizer=optimizer.state_dict(), noise=noise.get_state(), tally=tally,
-                     epoch=epoch, position=position, step=step, rows=rows,
-                     seconds=earlier + time.time() - start)
+        state = dict(settings=settings, model=net.state_dict(), optimizer=optimizer.state_dict(),
+                     noise=noise.get_state(), tally=tally, epoch=epoch, position=position,
+                     step=step, rows=rows, seconds=earlier + time.time() - start)
         write(out / "checkpoint.pt", lambda path: torch.save(state, path))
 
     for epoch in range(first_epoch, args.epochs):
@@ -300,7 +285,8 @@ def train(net, fit, held_out, args, checkpoint, out):
         for at in range(position, usable, size):
             done = (epoch + at / usable) / args.epochs
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1.0, (step + 1) / WARMUP) * LR_END**done
+                rise = min(1.0, (step + 1) / WARMUP)
+                group["lr"] = args.lr * group["scale"] * rise * LR_END**done
             batch = order[at:at + size]
             images = data.augment(data.standardise(fit.images[batch]), spec, noise)
             # All processes augment the whole batch, so their number does not change the images.
@@ -313,7 +299,7 @@ def train(net, fit, held_out, args, checkpoint, out):
                 loss = F.cross_entropy(logits, labels)
             optimizer.zero_grad()
             loss.backward()
-            grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+            grads = {name: p.grad for name, p in named if p.grad is not None}
             norm = nn.utils.get_total_norm(grads.values())
             if not (loss + norm).isfinite():  # before it reaches the weights
                 bad = [name for name, grad in grads.items() if not grad.isfinite().all()]
@@ -324,7 +310,7 @@ def train(net, fit, held_out, args, checkpoint, out):
             step, seen = step + 1, seen + len(batch)
             wrong = (logits.argmax(1) != labels).sum()
             sums = torch.stack([loss.detach() * len(labels), wrong, wrong.new_tensor(len(labels)),
-                                wrong.new_tensor(len(SIGNALS))])
+                                wrong.new_tensor(len(signals))])
             if WORLD > 1:  # a signal to one process stops all, after the same step
                 dist.all_reduce(sums)
             tally += sums
@@ -351,12 +337,10 @@ def train(net, fit, held_out, args, checkpoint, out):
         position = 0
         tally.zero_()
         # Before the checkpoint: a run that is killed between the two repeats this epoch.
-        write(out / "metrics.csv", lambda path: write_csv(path, rows))
+        lines = [",".join(map(str, cells)) for cells in (rows[0], *(r.values() for r in rows))]
+        write(out / "metrics.csv", lambda path: path.write_text("\n".join(lines) + "\n"))
         save(epoch + 1, 0)
     return rows, confusion
-
-
-SIGNALS = []  # that arrived during training, which then stops after the step
 
 
 def main(argv=None):
@@ -387,8 +371,8 @@ def main(argv=None):
         return show(evaluate(net, held_out, args), classes, name)
 
     fresh = (Path("runs") / f"{args.dataset}-{args.routing}-{n}" for n in count(1))
-    out = (Path(args.resume).parent if args.resume else Path(args.out) if args.out else
-           next(folder for folder in fresh if not folder.exists()))
+    out = (Path(args.resume).parent if args.resume else
+           Path(args.out or next(folder for folder in fresh if not folder.exists())))
     if not args.resume and (out / "checkpoint.pt").exists():
         fail(f"--out {out}: holds a run already; --resume {out / 'checkpoint.pt'} continues it")
     try:
@@ -397,12 +381,12 @@ def main(argv=None):
         fail(f"{out}: {error.strerror}")
     print(f"{args.routing} routing on {args.dataset}: {len(fit.labels)} training images, "
           f"{sum(p.numel() for p in net.parameters())} parameters, {args.device}, run in {out}")
-    SIGNALS.clear()
-    before = {s: signal.signal(s, lambda number, _: SIGNALS.append(number))
-              for s in (signal.SIGINT, signal.SIGTERM)}
+    settings, signals = {k: v for k, v in vars(args).items() if k not in LOCAL}, []
+    before = {s: signal.signal(s, lambda number, _: signals.append(number))
+              for s in (signal.SIGINT, signal.SIGTERM)}  # training stops after the step
     try:
         validation = None if args.validate is None else held_out
-        rows, confusion = train(net, fit, validation, args, checkpoint, out)
+        rows, confusion = train(net, fit, validation, args, settings, checkpoint, signals, out)
     except Stopped:
         print(f"\nsaved; to continue: python train.py --resume {out / 'checkpoint.pt'}")
         sys.exit(130)
@@ -412,7 +396,6 @@ def main(argv=None):
     if confusion is None:
         confusion = evaluate(net, held_out, args)
     show(confusion, classes, name)
-    settings = settings_of(args)
     result = {f"{name}_error": error_of(confusion), "seconds": rows[-1]["seconds"] if rows else 0,
               "settings": settings, "confusion": confusion.tolist()}
     write(out / "result.json", lambda path: path.write_text(json.dumps(result) + "\n"))
