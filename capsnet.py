@@ -172,7 +172,8 @@ class SimilarityRouting(Routing):
     def similarity(self, mu, votes):
         """Eq. 15: k(mu, v_i) = sum_q w_q exp(-||mu - v_i||^2 / (2 sigma_q^2)), (..., O, I)."""
         d2, sigma = squared_distance(mu, votes), self.log_width.exp()
-        return sum(w * (-d2 / (2 * s**2)).exp() for w, s in zip(self.kernel_logit.softmax(0), sigma))
+        weights = self.kernel_logit.softmax(0)
+        return sum(w * (-d2 / (2 * s**2)).exp() for w, s in zip(weights, sigma))
 
     def lambdas(self):
         return self.log_lambda.exp().unsqueeze(-1)  # (2, O, 1)

@@ -103,7 +103,8 @@ def augment(images, spec, generator):
     rows, columns = places(height)[:, None, :, None], places(width)[:, None, None, :]
     image = torch.arange(count, device=device)[:, None, None, None]
     channel = torch.arange(channels, device=device)[:, None, None]
-    return images[image, channel, rows, columns] * (1 + uniform(spec.contrast)) + uniform(spec.brightness)
+    windows = images[image, channel, rows, columns]  # (B, C, crop, crop)
+    return windows * (1 + uniform(spec.contrast)) + uniform(spec.brightness)
 
 
 def hold_out(train, instance):
@@ -285,8 +286,9 @@ SOLIDS = (
      (-.55, 0, .66, .2, .04, .05, .8), (.56, .08, 1.12, .04, .04, .08, .7)),  # animal
     ((0, 0, .82, .13, .19, .3, 1), (.02, 0, 1.28, .13, .12, .16, 1.6),
      (.02, .26, .8, .06, .06, .3, 1.2), (0, .1, .28, .09, .08, .34, .6)),  # human
-    ((0, 0, .4, .8, .12, .13, 1), (0, .44, .4, .17, .46, .03, .8), (-.68, .17, .46, .1, .2, .02, .8),
-     (-.7, 0, .58, .12, .02, .2, .8), (.12, .3, .3, .15, .06, .06, .6)),  # airplane
+    ((0, 0, .4, .8, .12, .13, 1), (0, .44, .4, .17, .46, .03, .8),
+     (-.68, .17, .46, .1, .2, .02, .8), (-.7, 0, .58, .12, .02, .2, .8),
+     (.12, .3, .3, .15, .06, .06, .6)),  # airplane
     ((-.22, 0, .52, .56, .24, .36, 1), (.52, 0, .36, .2, .22, .26, 1.5),
      (.5, .2, .12, .12, .06, .12, .3), (-.2, .22, .12, .12, .06, .12, .3),
      (-.55, .22, .12, .12, .06, .12, .3)),  # truck

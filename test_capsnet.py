@@ -61,7 +61,8 @@ def small_routing(name, outputs=2):
 
 
 def small_layer(name, kernel=3, stride=1, dims=1, channels=2, outputs=2):
-    return ConvCaps(channels, outputs, kernel, small_routing(name, outputs), stride, 2, dims).double()
+    routing = small_routing(name, outputs)
+    return ConvCaps(channels, outputs, kernel, routing, stride, 2, dims).double()
 
 
 def tiny_net(name):
