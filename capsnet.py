@@ -95,14 +95,14 @@ class Routing(nn.Module):
     def forward(self, votes, log_a, fields=None):
         log_a = log_a.unsqueeze(-2)  # (..., 1, I): every output sees the same inputs
         c = torch.full_like(votes[..., 0], 1 / votes.shape[-2])  # (..., O, I)
-        state = self.initial_state(votes, log_a, fields)
+        state = self.initial_state(votes, fields)
         mu = update_pose(c, votes)  # (..., O, D)
         for _ in range(self.iterations):
             c, state = self.compatibility(mu, votes, log_a, c, state)
             mu = self.pose(mu, votes, c)
         return mu, self.activation(mu, votes, log_a, c, state), c
 
-    def initial_state(self, votes, log_a, fields):
+    def initial_state(self, votes, fields):
         return None
 
     def compatibility(self, mu, votes, log_a, c, state):
@@ -223,7 +223,7 @@ class ConnectionistRouting(Routing):
         self.phi = mlp(hidden_size, *phi, 1)
         self.psi = mlp(hidden_size, *psi, 1)
 
-    def initial_state(self, votes, log_a, fields):
+    def initial_state(self, votes, fields):
         zeros = votes.new_zeros(math.prod(votes.shape[:-1]), self.cell.hidden_size)
         return zeros, zeros
 
@@ -272,7 +272,7 @@ class EMRouting(Routing):
         self.beta_u = nn.Parameter(torch.zeros(out_channels))
         self.beta_a = nn.Parameter(torch.zeros(out_channels))
 
-    def initial_state(self, votes, log_a, fields):
+    def initial_state(self, votes, fields):
         log_p = torch.zeros_like(votes[..., 0])  # equal for all parents: R = 1 / their number
         return fields, 0, log_p, log_p.sum(-1)
 
@@ -310,7 +310,7 @@ class DynamicRouting(Routing):
         super().__init__(iterations)
         self.gain = gain
 
-    def initial_state(self, votes, log_a, fields):
+    def initial_state(self, votes, fields):
         return fields, torch.zeros_like(votes[..., 0])  # b
 
     def compatibility(self, mu, votes, log_a, c, state):
