@@ -44,7 +44,7 @@ class Spec(NamedTuple):
 
 TOYS = ("animal", "human", "airplane", "truck", "car")
 SPECS = {
-    "toys": Spec(TOYS, 1, 48, 32, 0.2, 0.2),
+    "toys": Spec(TOYS, 1, 40, 32, 0.2, 0.2),
     "mnist": Spec(tuple("0123456789"), 1, 32, 28, 0.0, 0.0),
     "smallnorb": Spec(TOYS, 2, 48, 32, 0.2, 0.2),
 }
@@ -327,12 +327,15 @@ def _towards(azimuth, elevation):
 
 
 def _render(parts, azimuth, elevation, lamp):
-    """(V, 1, 48, 48) uint8: orthographic views of one toy, with a shadow on a white ground."""
+    """(V, 1, size, size) uint8: orthographic views of one toy, and its shadow on a white ground.
+
+    Angles (V,) in radians: of the camera above the ground, and where the lamp stands around it.
+    """
     n = SPECS["toys"].size
     eye, light = _towards(azimuth, elevation), _towards(lamp, torch.full_like(lamp, 0.9))
     right = _towards(azimuth + math.pi / 2, torch.zeros_like(azimuth))
     up = torch.linalg.cross(eye, right)
-    y, x = torch.meshgrid(*2 * [(torch.arange(n) + 0.5) * 2.6 / n - 1.3], indexing="ij")
+    y, x = torch.meshgrid(*2 * [(torch.arange(n) + 0.5) * 2.1 / n - 1.05], indexing="ij")
     middle = torch.tensor([0, 0, 0.5])
     origin = middle + 4 * eye + x.reshape(-1, 1) * right - y.reshape(-1, 1) * up  # (V, R, 3)
     distance, which = _hits(origin, -eye, parts).min(1)
@@ -357,9 +360,10 @@ def render_toys(instances, views):
             generator = torch.Generator().manual_seed(1000 * category + instance)
             parts = _solid(category, generator)
             azimuth, elevation, lamp = torch.rand(3, views, generator=generator)
-            elevation = torch.deg2rad(30 + 40 * elevation)
-            images += [_render(parts, *angles) for angles in zip(
-                *(a.split(10) for a in (2 * math.pi * azimuth, elevation, 2 * math.pi * lamp)))]
+            azimuth, elevation = 2 * math.pi * azimuth, torch.deg2rad(30 + 40 * elevation)
+            lamp = azimuth + 0.5 + lamp  # half right behind the camera
+            images += [_render(parts, *angles) for angles in
+                       zip(azimuth.split(10), elevation.split(10), lamp.split(10))]
     labels, found, _ = torch.meshgrid(torch.arange(len(TOYS)), torch.tensor([*instances]),
                                       torch.arange(views), indexing="ij")
     return Dataset(torch.cat(images), labels.flatten(), found.flatten())
