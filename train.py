@@ -200,7 +200,7 @@ def show(confusion, classes, name):
 
 def keep_freed_memory():
     """glibc returns large freed blocks to the system, and every step would get them anew, page by
-    page: half of a training step on a CPU."""
+    page, in time that a training step on a CPU feels."""
     mallopt = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the top of the heap stays ours
