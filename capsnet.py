@@ -32,12 +32,12 @@ Where this departs from the paper, or chooses what the paper leaves open
     * Before it votes, every pose is divided by its Frobenius norm and the capsule's place in the
       grid is added to it. The author's early versions do the first, his later ones for primary
       poses only; his coordinates are three, of the output position and of the slot in its field.
-      Without the first, votes shrink by half in every layer, and learning is much slower.
+      Without the first, votes shrink by half in every layer.
     * In dynamic routing length is presence: there poses get the length a, and no coordinates.
     * lambda1, lambda2 and the kernel widths are learned as logarithms, so they stay positive.
     * The author starts at lambda1 = 12, lambda2 = 1 and a small theta_1, where C stays uniform and
-      the class logits of all images nearly equal. The initial values here won trials on held-out
-      training toys (results/README.md).
+      the class logits of all images nearly equal. The initial values here come from earlier,
+      short trials on one held-out training toy.
     * Connectionist routing starts with larger weights than PyTorch's: with those, its class logits
       differ by 5e-5 between images, and 700 images later it had learned nothing.
 """

@@ -251,7 +251,7 @@ def _read_split(name, paths, sources, cameras):
                             f"{paths[0]}")
     pixels, labels = arrays[0], torch.from_numpy(arrays[1].astype(np.int64))
     if name == "mnist":  # zeros around, so that there is room for random crops
-        images, instances = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))[:, None], None
+        images = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))[:, None]
         instances = torch.arange(len(labels)) * 12 // len(labels)
     else:  # from 96x96 to 48x48, by the rounded mean of 2x2 pixels
         images = np.empty((len(pixels), cameras, 48, 48), np.uint8)
@@ -301,7 +301,7 @@ TOY_INSTANCES, TOY_VIEWS = {"train": range(10), "test": range(10, 20)}, 50
 def _solid(category, generator):
     """(parts, 7): one toy of random proportions and shade."""
     rand = lambda *shape: 2 * torch.rand(*shape, generator=generator) - 1
-    parts = torch.tensor(SOLIDS[category]).clone()
+    parts = torch.tensor(SOLIDS[category])
     stretch = (0.2 * rand(3)).exp()
     parts[:, :3] *= stretch
     parts[:, 3:6] *= stretch * (0.2 * rand(len(parts), 3)).exp()
@@ -361,7 +361,7 @@ def render_toys(instances, views):
             parts = _solid(category, generator)
             azimuth, elevation, lamp = torch.rand(3, views, generator=generator)
             azimuth, elevation = 2 * math.pi * azimuth, torch.deg2rad(30 + 40 * elevation)
-            lamp = azimuth + 0.5 + lamp  # half right behind the camera
+            lamp = azimuth + 0.5 + lamp  # beside the camera, to its right
             images += [_render(parts, *angles) for angles in
                        zip(azimuth.split(10), elevation.split(10), lamp.split(10))]
     labels, found, _ = torch.meshgrid(torch.arange(len(TOYS)), torch.tensor([*instances]),

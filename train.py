@@ -12,7 +12,6 @@ import ctypes
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -229,6 +228,7 @@ def benchmark(args):
         return args.batch_size / timer.blocked_autorange(min_run_time=10).median
 
     training = rate(step)
+    import resource  # only Unix has it
     peak = (torch.cuda.max_memory_allocated() if cuda else
             1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     with torch.no_grad():
