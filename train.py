@@ -228,9 +228,11 @@ def benchmark(args):
         return args.batch_size / timer.blocked_autorange(min_run_time=10).median
 
     training = rate(step)
-    import resource  # only Unix has it
-    peak = (torch.cuda.max_memory_allocated() if cuda else
-            1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    if cuda:
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        import resource  # only Unix has it
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with torch.no_grad():
         inference = rate(forward)
     name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
