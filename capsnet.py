@@ -470,13 +470,3 @@ class CapsNet(nn.Module):
         pose, logit, _ = self.caps2(pose, logit)
         pose, logit, _ = self.class_caps(pose, logit)
         return pose.flatten(1, -3), logit.flatten(1)  # the classes' grid is a single cell
-
-
-def spread_loss(logits: Tensor, target: Tensor, margin: float) -> Tensor:
-    """EM paper: sum over i != t of max(0, margin - (a_t - a_i))^2, then the mean over the batch.
-
-    logits (B, classes), target (B,) int64. The EM paper raises the margin from 0.2 to 0.9.
-    """
-    a = logits.sigmoid()
-    shortfall = (margin - (a.gather(1, target[:, None]) - a)).clamp_min(0).square()
-    return (shortfall.sum(1) - margin**2).mean()  # less the target's own term

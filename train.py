@@ -28,12 +28,12 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 import data
-from capsnet import ROUTINGS, CapsNet, spread_loss
+from capsnet import ROUTINGS, CapsNet
 
 EPOCHS = {"toys": 2, "mnist": 5, "smallnorb": 30}
 WARMUP, LR_END, CLIP = 10, 0.03, 1.0  # steps; share of --lr at the end; norm of the gradient
 ROUTING_LR = 5  # times --lr: lambda, theta, widths and the like have further to go than W
-EVAL_BATCH, SAVE_SECONDS = 32, 120
+EVAL_BATCH, SAVE_SECONDS, SHOW_SECONDS = 32, 120, 10
 # Where and how to run: no checkpoint imposes these on its successor.
 LOCAL = ("resume", "eval", "benchmark", "out", "data_dir", "device", "compile", "crops")
 # Of the processes that torchrun starts: which one this is, and how many there are.
@@ -77,7 +77,6 @@ def parse(argv=None):
     add("--iterations", type=at_least(0), default=3, help="of the routing; 0 is the mean vote")
     add("--option", type=assignment, metavar="NAME=VALUE", action="append", default=[],
         help="for the routing's constructor, such as lambda1=1; may be repeated")
-    add("--loss", choices=("cross-entropy", "spread"), default="cross-entropy", help="of logits")
     add("--epochs", type=at_least(0), help=f"if not {EPOCHS}")
     add("--batch-size", type=at_least(1), default=16, help="images per step")
     add("--lr", type=at_least(0, float), default=1.2e-2, help="Adam's learning rate at its highest")
@@ -118,9 +117,12 @@ def load_checkpoint(path):
         fail(f"{path}: not a checkpoint of this program ({type(error).__name__})")
 
 
+def settings_of(args):
+    return {name: value for name, value in vars(args).items() if name not in LOCAL}
+
+
 def write(path, save):
-    """save(name) under another name, then rename: whatever happens, `path` is whole. Of several
-    processes the first alone writes."""
+    """save(name) beside `path`, then rename: it is whole or as it was. One process of several."""
     if RANK > 0:
         return
     try:
@@ -131,7 +133,7 @@ def write(path, save):
              "is untouched")
 
 
-# --------------------------------------------------------------------------- model and evaluation
+# ------------------------------------------------------------------------- model and evaluation
 
 
 def build(args, checkpoint):
@@ -160,8 +162,9 @@ def build(args, checkpoint):
     return net
 
 
-def autocast(args):
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp)
+def predict(net, images, args):
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp):
+        return net(images)[1].float()
 
 
 @torch.no_grad()
@@ -173,11 +176,10 @@ def evaluate(net, dataset, args):
     net.eval()
     for images, labels in zip(*(part[RANK::WORLD].split(EVAL_BATCH) for part in dataset[:2])):
         crops = data.crops(data.standardise(images), spec.crop, args.crops)
-        with autocast(args):
-            logits = [net(crop)[1].float() for crop in crops]
+        logits = torch.stack([predict(net, crop, args) for crop in crops])
         # The mean of the crops' probabilities, as a logarithm: rounding makes no ties there.
-        score = torch.stack(logits).log_softmax(2).logsumexp(0)
-        confusion += torch.bincount(labels * n + score.argmax(1), minlength=n * n)
+        predicted = logits.log_softmax(2).logsumexp(0).argmax(1)
+        confusion += torch.bincount(labels * n + predicted, minlength=n * n)
     if WORLD > 1:
         dist.all_reduce(confusion)
     return confusion.view(n, n).cpu()
@@ -189,9 +191,9 @@ def error_of(confusion):
 
 
 def show(confusion, classes, name):
-    wrong = int(confusion.sum() - confusion.trace())
-    print(f"{name} error {error_of(confusion):.2f} %: {wrong} of {int(confusion.sum())} images")
-    width = max(map(len, (*classes, str(int(confusion.max()))))) + 2
+    total, right = confusion.sum().item(), confusion.trace().item()
+    print(f"{name} error {error_of(confusion):.2f} %: {total - right} of {total} images")
+    width = max(map(len, (*classes, str(confusion.max().item())))) + 2
     print("true, predicted".ljust(16) + "".join(c.rjust(width) for c in classes))
     for label, row in zip(classes, confusion.tolist()):
         print(label.ljust(16) + "".join(str(n).rjust(width) for n in row))
@@ -199,74 +201,65 @@ def show(confusion, classes, name):
 
 def keep_freed_memory():
     """glibc returns large freed blocks to the system, and every step would get them anew, page by
-    page, in time that a training step on a CPU feels."""
-    mallopt = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the top of the heap stays ours
-        mallopt(-4, 0)  # M_MMAP_MAX: all blocks come from that heap
+    page: a training step on a CPU takes 1.3 times as long."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the top of the heap stays ours
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: all blocks come from that heap
 
 
 def benchmark(args):
-    """Print the speed of full training steps and of inference on random images, and the memory."""
-    net, cuda = build(args, None), "cuda" in args.device
-    images = torch.randn(args.batch_size, *net.image_shape, device=args.device)
-    labels = torch.zeros(args.batch_size, dtype=torch.int64, device=args.device)
+    """Print the speed of training steps and of inference on random images, and the memory."""
+    net, size, device = build(args, None), args.batch_size, torch.device(args.device)
+    images = torch.randn(size, *net.image_shape, device=device)
+    labels = torch.zeros(size, dtype=torch.int64, device=device)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-4)
-
-    def forward():
-        with autocast(args):
-            return net(images)[1].float()
 
     def step():
         optimizer.zero_grad()
-        F.cross_entropy(forward(), labels).backward()
+        F.cross_entropy(predict(net, images, args), labels).backward()
         optimizer.step()
 
     def rate(call):
         call()  # compiles
         timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-        return args.batch_size / timer.blocked_autorange(min_run_time=10).median
+        return f"{size / timer.blocked_autorange(min_run_time=10).median:.1f} images/s"
 
     training = rate(step)
-    if cuda:
-        peak = torch.cuda.max_memory_allocated()
+    with torch.no_grad():
+        inference = rate(lambda: predict(net, images, args))
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+        memory = f"{torch.cuda.max_memory_allocated() / 1e6:.0f} MB allocated"
     else:
         import resource  # only Unix has it
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with torch.no_grad():
-        inference = rate(forward)
-    name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    print(f"{args.routing}, batches of {args.batch_size}, {name}: training {training:.1f} "
-          f"images/s, inference {inference:.1f} images/s, peak of {peak / 1e6:.0f} MB "
-          f"{'allocated' if cuda else 'resident'}")
+        name = f"{torch.get_num_threads()} CPU threads"
+        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB resident"
+    print(f"{args.routing}, batches of {size}, {name}: training {training}, inference {inference}, "
+          f"at most {memory}")
 
 
-# ---------------------------------------------------------------------------------- training
+# -------------------------------------------------------------------------------------- training
 
 
-class Stopped(Exception):
-    """SIGINT or SIGTERM arrived, and the run is saved."""
-
-
-def train(net, fit, held_out, args, settings, checkpoint, signals, out):
+def train(net, fit, held_out, args, checkpoint, signals):
     """Train to the last epoch, saving on the way; `held_out` is scored after every epoch.
 
     All that the next step depends on is in the checkpoint, so a resumed run repeats the
     uninterrupted one bit for bit on the same machine. A number in `signals` stops it. Returns the
     rows of metrics.csv and the last confusion counts, None without `held_out`.
     """
-    spec, size, device = data.SPECS[args.dataset], args.batch_size, torch.device(args.device)
+    spec, size, path = data.SPECS[args.dataset], args.batch_size, args.out / "checkpoint.pt"
     usable = max(1, len(fit.labels) // size) * size  # a last batch that is not full is left out
     if size % WORLD:
         fail(f"--batch-size {size}: expected a multiple of the {WORLD} processes")
     model = net if WORLD == 1 else nn.parallel.DistributedDataParallel(
         net, find_unused_parameters=args.iterations == 0)
-    named = list(net.named_parameters())
-    optimizer = torch.optim.Adam(
-        [{"params": [p for name, p in named if (".routing." in name) == routing], "scale": scale}
-         for routing, scale in ((False, 1), (True, ROUTING_LR))])
-    noise = torch.Generator(device).manual_seed(args.seed)  # of the augmentation
-    tally = torch.zeros(4, device=device)  # this epoch's sums: loss, errors, images, signals
+    slow, fast = ([p for name, p in net.named_parameters() if (".routing." in name) == routing]
+                  for routing in (False, True))
+    optimizer = torch.optim.Adam([{"params": slow, "scale": 1},
+                                  {"params": fast, "scale": ROUTING_LR}])
+    noise = torch.Generator(args.device).manual_seed(args.seed)  # of the augmentation
+    tally = torch.zeros(4, device=args.device)  # this epoch's sums: loss, errors, images, signals
     first_epoch, position, step, rows, earlier, confusion = 0, 0, 0, [], 0.0, None
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -278,14 +271,15 @@ def train(net, fit, held_out, args, settings, checkpoint, signals, out):
     seen = 0
 
     def save(epoch, position):
-        state = dict(settings=settings, model=net.state_dict(), optimizer=optimizer.state_dict(),
-                     noise=noise.get_state(), tally=tally, epoch=epoch, position=position,
-                     step=step, rows=rows, seconds=earlier + time.time() - start)
-        write(out / "checkpoint.pt", lambda path: torch.save(state, path))
+        state = dict(settings=settings_of(args), model=net.state_dict(),
+                     optimizer=optimizer.state_dict(), noise=noise.get_state(), tally=tally,
+                     epoch=epoch, position=position, step=step, rows=rows,
+                     seconds=earlier + time.time() - start)
+        write(path, lambda aside: torch.save(state, aside))
 
     for epoch in range(first_epoch, args.epochs):
         generator = torch.Generator().manual_seed(1000 * args.seed + epoch)
-        order = torch.randperm(len(fit.labels), generator=generator).to(device)
+        order = torch.randperm(len(fit.labels), generator=generator).to(args.device)
         net.train()
         for at in range(position, usable, size):
             done = (epoch + at / usable) / args.epochs
@@ -296,42 +290,35 @@ def train(net, fit, held_out, args, settings, checkpoint, signals, out):
             images = data.augment(data.standardise(fit.images[batch]), spec, noise)
             # All processes augment the whole batch, so their number does not change the images.
             images, labels = images[RANK::WORLD], fit.labels[batch][RANK::WORLD]
-            with autocast(args):
-                logits = model(images)[1].float()
-            if args.loss == "spread":
-                loss = spread_loss(logits, labels, margin=0.2 + 0.7 * min(1, 2 * done))
-            else:
-                loss = F.cross_entropy(logits, labels)
+            logits = predict(model, images, args)
+            loss = F.cross_entropy(logits, labels)
             optimizer.zero_grad()
             loss.backward()
-            grads = {name: p.grad for name, p in named if p.grad is not None}
-            norm = nn.utils.get_total_norm(grads.values())
-            if not (loss + norm).isfinite():  # before it reaches the weights
-                bad = [name for name, grad in grads.items() if not grad.isfinite().all()]
-                fail(f"step {step + 1}: the loss is {loss.item()}, gradients not finite: "
-                     f"{', '.join(bad) or 'none'}; what is saved in {out} is from before")
-            nn.utils.clip_grads_with_norm_(net.parameters(), CLIP, norm)
+            try:
+                nn.utils.clip_grad_norm_(net.parameters(), CLIP, error_if_nonfinite=True)
+            except RuntimeError:  # before it reaches the weights
+                fail(f"step {step + 1}: the loss is {loss.item()}, its gradient not finite; what "
+                     f"is saved in {args.out} is from before")
             optimizer.step()
-            step, seen = step + 1, seen + len(batch)
+            step, seen = step + 1, seen + size
             wrong = (logits.argmax(1) != labels).sum()
-            sums = torch.stack([loss.detach() * len(labels), wrong, wrong.new_tensor(len(labels)),
-                                wrong.new_tensor(len(signals))])
+            sums = loss.new_tensor([loss.item() * len(labels), wrong, len(labels), len(signals)])
             if WORLD > 1:  # a signal to one process stops all, after the same step
                 dist.all_reduce(sums)
             tally += sums
-            if at + size == usable or time.time() - shown > (1 if sys.stdout.isatty() else 30):
+            if at + size == usable or time.time() - shown > SHOW_SECONDS:
                 shown, rate = time.time(), seen / (time.time() - start)
                 left = ((args.epochs - epoch) * usable - at - size) / rate
                 print(f"epoch {epoch + 1}/{args.epochs}  {rate:.0f} images/s  loss "
                       f"{tally[0] / tally[2]:.4f}  training error {100 * tally[1] / tally[2]:.2f} %"
-                      f"  {left / 60:.0f} min left", flush=True,
-                      end="\r" if sys.stdout.isatty() and at + size < usable else "\n")
+                      f"  {left / 60:.0f} min left", flush=True)
             stop = tally[3] > 0
             if stop or time.time() - saved > SAVE_SECONDS:
                 tally[3], saved = 0, time.time()
                 save(epoch, at + size)
             if stop:
-                raise Stopped
+                print(f"\nsaved; to continue: python train.py --resume {path}")
+                sys.exit(130)
         row = dict(epoch=epoch + 1, step=step, loss=(tally[0] / tally[2]).item(),
                    training_error=(100 * tally[1] / tally[2]).item())
         if held_out:
@@ -343,7 +330,7 @@ def train(net, fit, held_out, args, settings, checkpoint, signals, out):
         tally.zero_()
         # Before the checkpoint: a run that is killed between the two repeats this epoch.
         lines = [",".join(map(str, cells)) for cells in (rows[0], *(r.values() for r in rows))]
-        write(out / "metrics.csv", lambda path: path.write_text("\n".join(lines) + "\n"))
+        write(args.out / "metrics.csv", lambda aside: aside.write_text("\n".join(lines) + "\n"))
         save(epoch + 1, 0)
     return rows, confusion
 
@@ -375,9 +362,9 @@ def main(argv=None):
     if args.eval:
         return show(evaluate(net, held_out, args), classes, name)
 
-    fresh = (Path("runs") / f"{args.dataset}-{args.routing}-{n}" for n in count(1))
-    out = (Path(args.resume).parent if args.resume else
-           Path(args.out or next(folder for folder in fresh if not folder.exists())))
+    fresh = (f"runs/{args.dataset}-{args.routing}-{n}" for n in count(1))
+    out = args.out = Path(os.path.dirname(args.resume) if args.resume else
+                          args.out or next(path for path in fresh if not os.path.exists(path)))
     if not args.resume and (out / "checkpoint.pt").exists():
         fail(f"--out {out}: holds a run already; --resume {out / 'checkpoint.pt'} continues it")
     try:
@@ -386,15 +373,12 @@ def main(argv=None):
         fail(f"{out}: {error.strerror}")
     print(f"{args.routing} routing on {args.dataset}: {len(fit.labels)} training images, "
           f"{sum(p.numel() for p in net.parameters())} parameters, {args.device}, run in {out}")
-    settings, signals = {k: v for k, v in vars(args).items() if k not in LOCAL}, []
+    signals = []  # training stops after the step in which one comes
     before = {s: signal.signal(s, lambda number, _: signals.append(number))
-              for s in (signal.SIGINT, signal.SIGTERM)}  # training stops after the step
+              for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         validation = None if args.validate is None else held_out
-        rows, confusion = train(net, fit, validation, args, settings, checkpoint, signals, out)
-    except Stopped:
-        print(f"\nsaved; to continue: python train.py --resume {out / 'checkpoint.pt'}")
-        sys.exit(130)
+        rows, confusion = train(net, fit, validation, args, checkpoint, signals)
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
@@ -402,9 +386,9 @@ def main(argv=None):
         confusion = evaluate(net, held_out, args)
     show(confusion, classes, name)
     result = {f"{name}_error": error_of(confusion), "seconds": rows[-1]["seconds"] if rows else 0,
-              "settings": settings, "confusion": confusion.tolist()}
+              "settings": settings_of(args), "confusion": confusion.tolist()}
     write(out / "result.json", lambda path: path.write_text(json.dumps(result) + "\n"))
-    weights = {"settings": settings, "model": net.state_dict()}
+    weights = {"settings": settings_of(args), "model": net.state_dict()}
     write(out / "weights.pt", lambda path: torch.save(weights, path))
     print(f"weights in {out / 'weights.pt'}, epochs in {out / 'metrics.csv'}")
 
