@@ -415,11 +415,13 @@ class ConvCaps(nn.Module):
 
 ROUTINGS = {"similarity": SimilarityRouting, "connectionist": ConnectionistRouting,
             "em": EMRouting, "dynamic": DynamicRouting}
-SIZES = {  # of the routings of caps1, caps2 and class_caps: Q of Eq. 15, and Table 2
-    "similarity": (dict(num_kernels=4, theta1=20.0), dict(num_kernels=4, theta1=20.0),
-                   dict(num_kernels=10, theta1=60.0)),
-    "connectionist": (dict(phi=(), psi=()), dict(phi=(32, 32), psi=(64, 64)),
-                      dict(phi=(64, 64), psi=(124, 124)))}
+SIZES = {  # of the routing of each layer: Q of Eq. 15 and the gain theta_1; Table 2
+    "caps1": {"similarity": dict(num_kernels=4, theta1=20.0),
+              "connectionist": dict(phi=(), psi=())},
+    "caps2": {"similarity": dict(num_kernels=4, theta1=20.0),
+              "connectionist": dict(phi=(32, 32), psi=(64, 64))},
+    "class_caps": {"similarity": dict(num_kernels=10, theta1=60.0),
+                   "connectionist": dict(phi=(64, 64), psi=(124, 124))}}
 
 
 class CapsNet(nn.Module):
@@ -449,8 +451,8 @@ class CapsNet(nn.Module):
         features, primary, hidden1, hidden2 = channels
         conv, batch_norm = getattr(nn, f"Conv{dims}d"), getattr(nn, f"BatchNorm{dims}d")
 
-        def caps(layer, inputs, outputs, kernel_size, stride=1):
-            options = {**SIZES.get(routing, [{}] * 3)[layer], **routing_options}
+        def caps(name, inputs, outputs, kernel_size, stride=1):
+            options = SIZES[name].get(routing, {}) | routing_options
             return ConvCaps(inputs, outputs, kernel_size,
                             ROUTINGS[routing](outputs, pose_size, **options),
                             stride, pose_size, dims)
@@ -458,9 +460,9 @@ class CapsNet(nn.Module):
         self.conv = nn.Sequential(conv(in_channels, features, kernel_size=5, stride=2), nn.ReLU(),
                                   batch_norm(features))
         self.primary = PrimaryCaps(features, primary, pose_size, dims)
-        self.caps1 = caps(0, primary, hidden1, kernel_size=3, stride=2)
-        self.caps2 = caps(1, hidden1, hidden2, kernel_size=3)
-        self.class_caps = caps(2, hidden2, num_classes, kernel_size=grid)  # the whole grid
+        self.caps1 = caps("caps1", primary, hidden1, kernel_size=3, stride=2)
+        self.caps2 = caps("caps2", hidden1, hidden2, kernel_size=3)
+        self.class_caps = caps("class_caps", hidden2, num_classes, kernel_size=grid)  # all of it
 
     def forward(self, images):
         if images.shape[1:] != self.image_shape:

@@ -372,7 +372,8 @@ def main(argv=None):
     except OSError as error:
         fail(f"{out}: {error.strerror}")
     print(f"{args.routing} routing on {args.dataset}: {len(fit.labels)} training images, "
-          f"{sum(p.numel() for p in net.parameters())} parameters, {args.device}, run in {out}")
+          f"{sum(p.numel() for p in net.parameters())} parameters, {args.device}, run in {out}"
+          + ", compiling the routing first, for up to a minute" * args.compile, flush=True)
     signals = []  # training stops after the step in which one comes
     before = {s: signal.signal(s, lambda number, _: signals.append(number))
               for s in (signal.SIGINT, signal.SIGTERM)}
@@ -390,7 +391,8 @@ def main(argv=None):
     write(out / "result.json", lambda path: path.write_text(json.dumps(result) + "\n"))
     weights = {"settings": settings_of(args), "model": net.state_dict()}
     write(out / "weights.pt", lambda path: torch.save(weights, path))
-    print(f"weights in {out / 'weights.pt'}, epochs in {out / 'metrics.csv'}")
+    print(f"epochs in {out / 'metrics.csv'}; to score again: python train.py --eval "
+          f"{out / 'weights.pt'}; next: python train.py --help")
 
 
 if __name__ == "__main__":

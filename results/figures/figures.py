@@ -1,0 +1,139 @@
+"""The README's figures, from capsnet.py and what lies in results/: needs matplotlib.
+
+    PYTHONPATH=. python results/figures/figures.py        (in the project's folder)
+"""
+
+import csv
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+
+import data
+from capsnet import CapsNet, SimilarityRouting, routing_objective
+
+HERE = Path(__file__).parent
+RUNS = {"toys": HERE.parent / "toys-similarity/weights.pt",
+        "smallnorb": HERE.parent / "smallnorb-similarity-3-epochs/weights.pt"}
+plt.rcParams |= {"figure.facecolor": "white", "savefig.dpi": 110, "font.size": 9}
+
+
+def save(name):
+    plt.savefig(HERE / name, bbox_inches="tight")
+    plt.close()
+
+
+def routing_of(lambda1, lambda2, mean_shift=False):
+    return SimilarityRouting(1, num_kernels=1, widths=(1.0, 1.0), lambda1=lambda1,
+                             lambda2=lambda2, iterations=10, mean_shift=mean_shift)
+
+
+@torch.no_grad()
+def consensus():
+    """Two-dimensional votes of a cluster and of strays; C and mu for a grid of the two lambdas."""
+    generator = torch.Generator().manual_seed(3)
+    cluster = 0.35 * torch.randn(14, 2, generator=generator) + torch.tensor([1.2, 0.8])
+    strays = 1.1 * torch.randn(10, 2, generator=generator) - torch.tensor([1.0, 0.6])
+    votes = torch.cat([cluster, strays])
+    a = 0.05 + 0.9 * torch.rand(24, generator=generator)
+    lambdas1, lambdas2 = (0.03, 0.1, 0.3, 3.0), (0.0, 0.1, 1.0)
+    figure, axes = plt.subplots(3, 5, figsize=(10, 5.6), width_ratios=(1, 1, 1, 1, 1.5),
+                                layout="constrained")
+    for row, lambda2 in zip(axes, lambdas2):
+        for ax, lambda1 in zip(row, lambdas1):
+            mu, _, c = routing_of(lambda1, lambda2)(votes[None], a.log())
+            dots = ax.scatter(*votes.T, s=900 * c[0], c=a, cmap="viridis", vmin=0, vmax=1,
+                              alpha=0.85, linewidths=0)
+            ax.scatter(*votes.T, s=2, color="0.6")
+            ax.plot(*mu[0], "rx", markersize=9, markeredgewidth=2)
+            ax.set(xticks=[], yticks=[], xlim=(-3.6, 2.6), ylim=(-3.4, 2.6), aspect="equal")
+            if lambda2 == lambdas2[0]:
+                ax.set_title(f"$\\lambda_1$ = {lambda1:g}")
+        row[0].set_ylabel(f"$\\lambda_2$ = {lambda2:g}")
+        right, log_a = row[-1], a.log()[None, None]
+        for mean_shift, style in ((False, "C0.-"), (True, "C1.--")):
+            routing, js = routing_of(0.1, lambda2, mean_shift), []
+            mu, c = votes.mean(0)[None], None
+            for _ in range(8):
+                c, _ = routing.compatibility(mu, votes[None], log_a, c, None)
+                for mu in (mu, routing.pose(mu, votes[None], c)):
+                    k = routing.similarity(mu, votes[None])
+                    js.append(routing_objective(k, c, log_a, *routing.lambdas()).item())
+            steps = torch.arange(1, len(js) + 1) / 2
+            right.plot(steps, js, style, label="mean shift" if mean_shift else "mean (Eq. 4)")
+        right.set_ylabel("J (Eq. 2)")
+    axes[0, -1].set_title("$\\lambda_1$ = 0.1: the objective")
+    axes[0, -1].legend()
+    axes[-1, -1].set_xlabel("iteration")
+    figure.colorbar(dots, ax=axes[:, 3], label="activation of the input", shrink=0.7)
+    save("consensus.png")
+
+
+def shares(layer, share, c, grid):
+    """Of the poses of one layer (B, O, *out), what each capsule below, (B, C, *grid), has in them:
+    its compatibility, summed over the outputs and positions that see it."""
+    columns = (share.flatten(2).unsqueeze(-1) * c.flatten(2, -2)).sum(1).transpose(1, 2)
+    return F.fold(columns, grid, layer.kernel_size, stride=layer.stride)
+
+
+@torch.no_grad()
+def look(name, weights):
+    """Ten test images of a data set, labels and predictions, and log2 of what routing changes: the
+    share of each primary capsule in the pose of the class found, over its share in mean votes."""
+    _, test = data.load(name)
+    net = CapsNet((1, 32, 32), 5)
+    net.load_state_dict(torch.load(weights, weights_only=True)["model"])
+    net.eval()
+    generator, picked = torch.Generator().manual_seed(0), []
+    for label in range(5):
+        these = (test.labels == label).nonzero()[:, 0]
+        picked += these[torch.randperm(len(these), generator=generator)[:2]].tolist()
+    images = data.crops(data.standardise(test.images[picked]), 32)[0]
+    primary = net.primary(net.conv(images))
+    *hidden1, c1 = net.caps1(*primary)
+    *hidden2, c2 = net.caps2(*hidden1)
+    _, logit, c3 = net.class_caps(*hidden2)
+    found = logit.flatten(1).argmax(1)
+    share = mean = F.one_hot(found, 5).float()[..., None, None]
+    for layer, c, below in ((net.class_caps, c3, hidden2), (net.caps2, c2, hidden1),
+                            (net.caps1, c1, primary)):
+        grid = below[1].shape[2:]
+        share = shares(layer, share, c, grid)
+        mean = shares(layer, mean, torch.full_like(c, 1 / c.shape[-1]), grid)
+    ratio = (share.sum(1) / mean.sum(1)).log2()[:, :-1, :-1]  # nobody sees the 14th row and column
+    return images[:, 0], test.labels[picked], found, ratio
+
+
+def attention():
+    figure, axes = plt.subplots(4, 10, figsize=(10, 4.4), layout="constrained")
+    for name, rows in (("toys", axes[:2]), ("smallnorb", axes[2:])):
+        classes = data.SPECS[name].classes
+        for (top, bottom), image, truth, found, ratio in zip(rows.T, *look(name, RUNS[name])):
+            for ax in (top, bottom):
+                ax.imshow(image, cmap="gray")
+                ax.set(xticks=[], yticks=[])
+            top.set_title(classes[found], color="black" if truth == found else "red")
+            map = bottom.imshow(ratio, cmap="PuOr_r", vmin=-2, vmax=2, alpha=0.6,
+                                interpolation="bilinear", extent=(1, 27, 27, 1))
+    bar = figure.colorbar(map, ax=axes, ticks=(-2, 0, 2), fraction=0.02, shrink=0.6)
+    bar.ax.set_yticklabels(("1/4", "1", "4"))
+    save("attention.png")
+
+
+def learning():
+    """Training error by epoch of the runs in results/, and the test error at the end."""
+    for path in sorted(HERE.parent.glob("*/metrics.csv")):
+        rows = list(csv.DictReader(open(path)))
+        plt.plot([int(row["epoch"]) for row in rows],
+                 [float(row["training_error"]) for row in rows], ".-", label=path.parent.name)
+    plt.yscale("log")
+    plt.gca().set(xlabel="epoch", ylabel="training error, %")
+    plt.legend()
+    save("learning.png")
+
+
+if __name__ == "__main__":
+    consensus()
+    attention()
+    learning()
