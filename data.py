@@ -200,19 +200,16 @@ def _download(path, source, mirrors):
     reasons = []
     for mirror in mirrors:
         try:
+            with urllib.request.urlopen(mirror + path.name, timeout=30) as reply:
+                _note(f"downloading {path.name}, {source.packed / 1e6:.1f} MB")
+                content = reply.read(source.packed + 1)
+            digest = hashlib.sha256(content).hexdigest()
+            if len(content) != source.packed or digest != source.sha256:
+                raise OSError(f"{len(content)} bytes came, expected {source.packed} with sha256 "
+                              f"{source.sha256[:8]}...: an error page, or cut off")
             path.parent.mkdir(parents=True, exist_ok=True)
             with written_aside(path) as aside:
-                with (urllib.request.urlopen(mirror + path.name, timeout=30) as reply,
-                      open(aside, "xb") as file):
-                    _note(f"downloading {path.name}, {source.packed / 1e6:.1f} MB")
-                    digest, done = hashlib.sha256(), 0
-                    while done <= source.packed and (block := reply.read(1 << 20)):
-                        file.write(block)
-                        digest.update(block)
-                        done += len(block)
-                if done != source.packed or digest.hexdigest() != source.sha256:
-                    raise OSError(f"{done} bytes came, expected {source.packed} with sha256 "
-                                  f"{source.sha256[:8]}...: an error page, or cut off")
+                aside.write_bytes(content)
             return
         except (OSError, ValueError, http.client.HTTPException) as error:
             reasons.append(f"{mirror}: {' '.join(str(error).split())}")
@@ -245,20 +242,13 @@ def _read(path, source):
 
 def _read_split(name, paths, sources, cameras):
     arrays = [_read(path, source) for path, source in zip(paths, sources)]
-    for array, path in zip(arrays, paths):
-        if len(array) != len(arrays[0]):
-            raise DataError(f"{path}: {len(array)} items, expected {len(arrays[0])} as in "
-                            f"{paths[0]}")
     pixels, labels = arrays[0], torch.from_numpy(arrays[1].astype(np.int64))
     if name == "mnist":  # zeros around, so that there is room for random crops
         images = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))[:, None]
         instances = torch.arange(len(labels)) * 12 // len(labels)
     else:  # from 96x96 to 48x48, by the rounded mean of 2x2 pixels
-        images = np.empty((len(pixels), cameras, 48, 48), np.uint8)
-        for image, pair in zip(images, pixels):
-            wide = pair[:cameras].astype(np.uint16)
-            rows = wide[:, ::2] + wide[:, 1::2]
-            image[:] = (rows[..., ::2] + rows[..., 1::2] + 2) // 4
+        blocks = pixels[:, :cameras].reshape(-1, cameras, 48, 2, 48, 2)
+        images = ((blocks.sum((3, 5), dtype=np.uint16) + 2) // 4).astype(np.uint8)
         instances = torch.from_numpy(arrays[2][:, 0].astype(np.int64))
     dataset = Dataset(torch.from_numpy(images), labels, instances)
     _check(name, cameras, dataset, paths)
@@ -271,7 +261,9 @@ def _check(name, cameras, dataset, blame):
     n = len(labels)
     if (images.dtype != torch.uint8 or labels.dtype != torch.int64
             or images.shape != (n, cameras, spec.size, spec.size) or instances.shape != (n,)):
-        raise DataError(f"{blame[0]}: {images.dtype} {tuple(images.shape)} and {labels.dtype}")
+        raise DataError(f"{', '.join(map(str, blame))}: {len(images)} images of "
+                        f"{tuple(images.shape[1:])}, {n} labels, {len(instances)} instances, "
+                        f"expected as many of each, and images of {cameras, spec.size, spec.size}")
     for part, path, most in ((labels, blame[1], len(spec.classes) - 1), (instances, blame[-1], 99)):
         if part.min() < 0 or part.max() > most:
             raise DataError(f"{path}: values {part.min()} to {part.max()}, expected 0 to {most}")
