@@ -31,7 +31,7 @@ import data
 from capsnet import ROUTINGS, CapsNet
 
 EPOCHS = {"toys": 2, "mnist": 5, "smallnorb": 30}
-WARMUP, LR_END, CLIP = 10, 0.03, 1.0  # steps; share of --lr at the end; norm of the gradient
+WARMUP, CLIP = 10, 1.0  # steps; norm of the gradient
 ROUTING_LR = 5  # times --lr: lambda, theta, widths and the like have further to go than W
 EVAL_BATCH, SAVE_SECONDS, SHOW_SECONDS = 32, 120, 10
 # Where and how to run: no checkpoint imposes these on its successor.
@@ -283,9 +283,9 @@ def train(net, fit, held_out, args, checkpoint, signals):
         net.train()
         for at in range(position, usable, size):
             done = (epoch + at / usable) / args.epochs
-            for group in optimizer.param_groups:
+            for group in optimizer.param_groups:  # a short rise, then a straight line to zero
                 rise = min(1.0, (step + 1) / WARMUP)
-                group["lr"] = args.lr * group["scale"] * rise * LR_END**done
+                group["lr"] = args.lr * group["scale"] * rise * (1 - done)
             batch = order[at:at + size]
             images = data.augment(data.standardise(fit.images[batch]), spec, noise)
             # All processes augment the whole batch, so their number does not change the images.
