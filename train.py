@@ -267,8 +267,8 @@ def train(net, fit, held_out, args, checkpoint, signals):
         tally.copy_(checkpoint["tally"])
         first_epoch, position, step, rows, earlier = (
             checkpoint[k] for k in ("epoch", "position", "step", "rows", "seconds"))
-    start = shown = saved = time.time()
-    seen = 0
+    start = saved = time.time()
+    clock, seen = None, 0  # of the images per second
 
     def save(epoch, position):
         state = dict(settings=settings_of(args), model=net.state_dict(),
@@ -300,14 +300,18 @@ def train(net, fit, held_out, args, checkpoint, signals):
                 fail(f"step {step + 1}: the loss is {loss.item()}, its gradient not finite; what "
                      f"is saved in {args.out} is from before")
             optimizer.step()
-            step, seen = step + 1, seen + size
+            step += 1
             wrong = (logits.argmax(1) != labels).sum()
             sums = loss.new_tensor([loss.item() * len(labels), wrong, len(labels), len(signals)])
             if WORLD > 1:  # a signal to one process stops all, after the same step
                 dist.all_reduce(sums)
             tally += sums
-            if at + size == usable or time.time() - shown > SHOW_SECONDS:
-                shown, rate = time.time(), seen / (time.time() - start)
+            if clock is None:  # the first step compiles, and does not count
+                clock = shown = time.time()
+            else:
+                seen += size
+            if seen and (at + size == usable or time.time() - shown > SHOW_SECONDS):
+                shown, rate = time.time(), seen / (time.time() - clock)
                 left = ((args.epochs - epoch) * usable - at - size) / rate
                 print(f"epoch {epoch + 1}/{args.epochs}  {rate:.0f} images/s  loss "
                       f"{tally[0] / tally[2]:.4f}  training error {100 * tally[1] / tally[2]:.2f} %"
