@@ -14,6 +14,7 @@ Glossary (EM paper: Hinton et al., ICLR 2018; dynamic paper: Sabour et al., Neur
     weight            W_ij        Eq. 1    the view of output capsule j from input capsule i
     votes             v_ij        Eq. 1    what i predicts for the pose of j
     compatibility, c  c_ij        Eq. 3    share of vote i in the pose of j: sums to 1 over i
+                                           (dynamic routing's: over all parents j)
     similarity, k     k(mu, v)    Eq. 15   a mixture of Gaussians of the distance
     lambda1, lambda2              Eq. 2    weights of the two penalties of the objective
     theta             theta_1..3  Eq. 13   of the activation
@@ -24,7 +25,7 @@ Axes, the same letters everywhere
     B images   L output positions   I inputs of one receptive field (C channels x kernel cells)
     O output channels   P side of a pose, D = P * P entries
 
-Between layers poses are (B, C, *grid, P, P) and activations are logits (B, C, *grid).
+Between layers poses are (B, C, *grid, P, P), activations (B, C, *grid).
 
 Where this departs from the paper, or chooses what the paper leaves open
 
@@ -49,8 +50,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TINY = 1e-12  # added to squared lengths before a root or a logarithm
-
 # ------------------------------------------------------------------- votes, and Algorithm 1
 
 
@@ -72,21 +71,21 @@ class Routing(nn.Module):
     """Algorithm 1: alternate between compatibilities and poses, then decide on the activations.
 
     A routing procedure is a subclass that defines `compatibility` and `activation`; `state` is
-    what it carries from one call to the next, S in the paper. It learns parameters for a layer of
-    out_channels capsules with poses of side pose_size.
+    what it carries from one call to the next, S in the paper. `CapsNet` constructs it as
+    (out_channels, pose_size, **options).
 
     forward(votes (..., O, I, D), log_a (..., I)) -> pose (..., O, D), logit (..., O), C (..., O, I)
         fields: (children (L, I), number of inputs): which input is in which slot; then the last
             leading dimension is L. Only EM and dynamic routing, whose output positions compete for
             the inputs that they share, look at it.
-    iterations=0 is the mean vote.
+    iterations=0 is the mean vote; the logits of EM and connectionist routing are then constant.
 
         routing = SimilarityRouting(out_channels=16)
         mu, logit, c = routing(torch.randn(2, 16, 72, 16), torch.zeros(2, 72))
         # (2, 16, 16), (2, 16), (2, 16, 72)
     """
 
-    length_is_activation = False  # of the poses, see `ConvCaps`
+    length_is_activation = False  # True: a pose's length is its activation
 
     def __init__(self, iterations):
         super().__init__()
@@ -107,14 +106,12 @@ class Routing(nn.Module):
 
     def compatibility(self, mu, votes, log_a, c, state):
         """(..., O, D), (..., O, I, D), (..., 1, I), (..., O, I), S -> C (..., O, I), S."""
-        raise NotImplementedError
 
     def pose(self, mu, votes, c):
         return update_pose(c, votes)
 
     def activation(self, mu, votes, log_a, c, state):
         """The same arguments -> logit (..., O)."""
-        raise NotImplementedError
 
 
 # ------------------------------------------------------------------- Section 4.1: similarity
@@ -124,8 +121,8 @@ def routing_objective(similarity, compatibility, log_a, lambda1, lambda2) -> Ten
     """Eq. 2: J = -sum c k + lambda1 sum c log(c N) + lambda2 sum c log(c / a).
 
     similarity, compatibility, log_a (..., I) -> (...). Alternating minimisation is the routing:
-    over C by Eq. 11, over mu by Eq. 4, which is exact for k = -||mu - v||^2. With other kernels
-    Eq. 4 may raise J; the step that never does is the mean shift, see `SimilarityRouting`.
+    over C by Eq. 11, over mu by Eq. 4, which is exact for k = -||mu - v||^2 (for others, see
+    mean_shift in `SimilarityRouting`).
     """
     c, n = compatibility, compatibility.shape[-1]
     log_c = c.clamp_min(torch.finfo(c.dtype).tiny).log()  # so that c log c -> 0 as c -> 0
@@ -301,7 +298,7 @@ class DynamicRouting(Routing):
     The pose is squash(s_j), s_j = sum_i c_ij v_ij. Its length is the activation, so that of an
     input is in its vote already, and log_a is not used.
     gain: multiplies the votes. Eq. 1 halves their length, and squash all but squares what is short:
-        without a gain poses of 0.5 would become 0.03, then 0.001, layer by layer.
+        without a gain poses of 0.5 become 0.008, then 0.00004, layer by layer.
     """
 
     length_is_activation = True
@@ -322,11 +319,11 @@ class DynamicRouting(Routing):
     def pose(self, mu, votes, c):
         s = self.gain * update_pose(c, votes)
         n2 = s.square().sum(-1, keepdim=True)
-        return s * (n2 + TINY).sqrt() / (1 + n2)  # ||s||^2 / (1 + ||s||^2) in the direction of s
+        return n2 / (1 + n2) * F.normalize(s, dim=-1)
 
     def activation(self, mu, votes, log_a, c, state):
         """a = ||squash(s)|| = ||s||^2 / (1 + ||s||^2), so logit a = log ||s||^2."""
-        return (self.gain**2 * update_pose(c, votes).square().sum(-1) + TINY).log()
+        return (self.gain**2 * update_pose(c, votes).square().sum(-1) + 1e-12).log()
 
 
 # ------------------------------------------------------------------------------- the layers
@@ -415,11 +412,9 @@ class ConvCaps(nn.Module):
 
 ROUTINGS = {"similarity": SimilarityRouting, "connectionist": ConnectionistRouting,
             "em": EMRouting, "dynamic": DynamicRouting}
-SIZES = {  # of the routing of each layer: Q of Eq. 15 and the gain theta_1; Table 2
-    "caps1": {"similarity": dict(num_kernels=4, theta1=20.0),
-              "connectionist": dict(phi=(), psi=())},
-    "caps2": {"similarity": dict(num_kernels=4, theta1=20.0),
-              "connectionist": dict(phi=(32, 32), psi=(64, 64))},
+SIZES = {  # Q of Eq. 15, the gain theta_1 and Table 2, where they are not the routing's defaults
+    "caps1": {},
+    "caps2": {"connectionist": dict(phi=(32, 32), psi=(64, 64))},
     "class_caps": {"similarity": dict(num_kernels=10, theta1=60.0),
                    "connectionist": dict(phi=(64, 64), psi=(124, 124))}}
 
@@ -432,7 +427,8 @@ class CapsNet(nn.Module):
     channels: of the convolution and of the three capsule layers below the classes.
 
     forward(images (B, *image_shape)) -> poses (B, num_classes, P, P), logits (B, num_classes)
-    ValueError if image_shape is too small for the kernels, or the images have another shape.
+    ValueError if image_shape is too small for the kernels, routing or the number of channels is
+    not one of these, or the images have another shape.
     """
 
     def __init__(self, image_shape, num_classes, routing="similarity", channels=(64, 8, 16, 16),
@@ -453,9 +449,8 @@ class CapsNet(nn.Module):
 
         def caps(name, inputs, outputs, kernel_size, stride=1):
             options = SIZES[name].get(routing, {}) | routing_options
-            return ConvCaps(inputs, outputs, kernel_size,
-                            ROUTINGS[routing](outputs, pose_size, **options),
-                            stride, pose_size, dims)
+            procedure = ROUTINGS[routing](outputs, pose_size, **options)
+            return ConvCaps(inputs, outputs, kernel_size, procedure, stride, pose_size, dims)
 
         self.conv = nn.Sequential(conv(in_channels, features, kernel_size=5, stride=2), nn.ReLU(),
                                   batch_norm(features))

@@ -17,7 +17,6 @@ import os
 import struct
 import sys
 import urllib.request
-import uuid
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -89,7 +88,7 @@ def augment(images, spec, generator):
     drawn place, times U(1 - contrast, 1 + contrast), plus U(-brightness, brightness), as in spec.
     generator: torch.Generator on the device of the images, the only source of randomness.
     """
-    count, channels, height, width = images.shape
+    count, _, height, width = images.shape
     size, device = spec.crop, images.device
 
     def uniform(strength):
@@ -101,9 +100,7 @@ def augment(images, spec, generator):
         return start + torch.arange(size, device=device)
 
     rows, columns = places(height)[:, None, :, None], places(width)[:, None, None, :]
-    image = torch.arange(count, device=device)[:, None, None, None]
-    channel = torch.arange(channels, device=device)[:, None, None]
-    windows = images[image, channel, rows, columns]  # (B, C, crop, crop)
+    windows = images.take_along_dim(rows, 2).take_along_dim(columns, 3)  # (B, C, crop, crop)
     return windows * (1 + uniform(spec.contrast)) + uniform(spec.brightness)
 
 
@@ -186,13 +183,14 @@ def _note(text):
 @contextlib.contextmanager
 def written_aside(path):
     """A name beside `path` that becomes `path` at the end, whole, or on failure leaves no trace."""
-    aside = Path(path).with_name(f"{Path(path).name}.{uuid.uuid4().hex}.part")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield aside
         os.replace(aside, path)
     finally:
         with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
+            aside.unlink()
 
 
 def _download(path, source, mirrors):
@@ -207,7 +205,6 @@ def _download(path, source, mirrors):
             if len(content) != source.packed or digest != source.sha256:
                 raise OSError(f"{len(content)} bytes came, expected {source.packed} with sha256 "
                               f"{source.sha256[:8]}...: an error page, or cut off")
-            path.parent.mkdir(parents=True, exist_ok=True)
             with written_aside(path) as aside:
                 aside.write_bytes(content)
             return
@@ -340,7 +337,7 @@ def _render(parts, azimuth, elevation, lamp):
     lit = _hits(point + 1e-2 * normal, light, parts).isinf().all(1)
     shade = torch.where(on_ground, 0.9, hit[..., 6].clamp_max(0.8))
     shade = shade * (0.35 + 0.65 * (normal * light).sum(-1).clamp_min(0) * lit)
-    return (255 * shade).round().clamp(0, 255).byte().view(-1, 1, n, n)
+    return (255 * shade).round().byte().view(-1, 1, n, n)
 
 
 def render_toys(instances, views):
@@ -354,8 +351,7 @@ def render_toys(instances, views):
             azimuth, elevation, lamp = torch.rand(3, views, generator=generator)
             azimuth, elevation = 2 * math.pi * azimuth, torch.deg2rad(30 + 40 * elevation)
             lamp = azimuth + 0.5 + lamp  # beside the camera, to its right
-            images += [_render(parts, *angles) for angles in
-                       zip(azimuth.split(10), elevation.split(10), lamp.split(10))]
+            images.append(_render(parts, azimuth, elevation, lamp))
     labels, found, _ = torch.meshgrid(torch.arange(len(TOYS)), torch.tensor([*instances]),
                                       torch.arange(views), indexing="ij")
     return Dataset(torch.cat(images), labels.flatten(), found.flatten())
@@ -410,7 +406,6 @@ def load(name, data_dir="datasets", cameras=1):
         splits = tuple(_read_split(name, paths[part], sources[part], cameras)
                        for part in (slice(half), slice(half, None)))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with written_aside(cache) as aside:
             torch.save({"recipe": made_from, "train": tuple(splits[0]), "test": tuple(splits[1])},
                        aside)

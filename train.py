@@ -103,6 +103,8 @@ def parse(argv=None):
             parser.set_defaults(validate=None)
         args = parser.parse_args(argv)
     args.epochs = EPOCHS[args.dataset] if args.epochs is None else args.epochs
+    if args.iterations == 0 and args.routing in ("em", "connectionist"):
+        fail(f"--iterations 0: {args.routing} routing gives no activations without iterations")
     return args, checkpoint
 
 
@@ -111,7 +113,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["settings"]["dataset"], checkpoint["model"]
         return checkpoint
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         fail(f"{path}: {error.strerror}")
     except Exception as error:  # the unpickler may raise anything on a damaged or foreign file
         fail(f"{path}: not a checkpoint of this program ({type(error).__name__})")
@@ -142,15 +144,17 @@ def build(args, checkpoint):
     try:
         net = CapsNet((args.cameras, spec.crop, spec.crop), len(spec.classes), args.routing,
                       **{"iterations": args.iterations, **dict(args.option)})
-    except TypeError as error:
-        fail(f"--option {args.option}: not for {args.routing} routing ({error})")
+    except (TypeError, ValueError, RuntimeError) as error:
+        fail(f"--option {args.option}: not for {args.routing} routing "
+             f"({str(error).splitlines()[0]})")
     if checkpoint:
         try:
             net.load_state_dict(checkpoint["model"])
         except (RuntimeError, TypeError, AttributeError):
             fail(f"{args.resume or args.eval}: weights of another network than "
                  f"--dataset {args.dataset} --routing {args.routing} asks for")
-    if WORLD > 1 and args.device != "cpu":  # on a CPU each process has its own batch statistics
+    # On a CPU each process has its own batch statistics; those of the first are saved.
+    if WORLD > 1 and args.device != "cpu":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(args.device)
     if args.compile:
@@ -225,28 +229,29 @@ def benchmark(args):
         return f"{size / timer.blocked_autorange(min_run_time=10).median:.1f} images/s"
 
     training = rate(step)
+    net.eval()
     with torch.no_grad():
         inference = rate(lambda: predict(net, images, args))
     if device.type == "cuda":
-        name = torch.cuda.get_device_name()
-        memory = f"{torch.cuda.max_memory_allocated() / 1e6:.0f} MB allocated"
+        name, memory = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
     else:
         import resource  # only Unix has it
         name = f"{torch.get_num_threads()} CPU threads"
-        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB resident"
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"{args.routing}, batches of {size}, {name}: training {training}, inference {inference}, "
-          f"at most {memory}")
+          f"at most {memory / 1e6:.0f} MB of memory")
 
 
 # -------------------------------------------------------------------------------------- training
 
 
 def train(net, fit, held_out, args, checkpoint, signals):
-    """Train to the last epoch, saving on the way; `held_out` is scored after every epoch.
+    """Train to the last epoch, saving on the way; with --validate score `held_out` after each.
 
-    All that the next step depends on is in the checkpoint, so a resumed run repeats the
-    uninterrupted one bit for bit on the same machine. A number in `signals` stops it. Returns the
-    rows of metrics.csv and the last confusion counts, None without `held_out`.
+    All that the next step depends on is in the checkpoint: on one CPU thread a resumed run repeats
+    the uninterrupted one bit for bit. A number in `signals` stops it. Returns the rows of
+    metrics.csv and, with --validate, the last confusion counts.
     """
     spec, size, path = data.SPECS[args.dataset], args.batch_size, args.out / "checkpoint.pt"
     usable = max(1, len(fit.labels) // size) * size  # a last batch that is not full is left out
@@ -258,24 +263,25 @@ def train(net, fit, held_out, args, checkpoint, signals):
                   for routing in (False, True))
     optimizer = torch.optim.Adam([{"params": slow, "scale": 1},
                                   {"params": fast, "scale": ROUTING_LR}])
-    noise = torch.Generator(args.device).manual_seed(args.seed)  # of the augmentation
+    noise = torch.Generator(args.device)  # of the augmentation
     tally = torch.zeros(4, device=args.device)  # this epoch's sums: loss, errors, images, signals
     first_epoch, position, step, rows, earlier, confusion = 0, 0, 0, [], 0.0, None
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        noise.set_state(checkpoint["noise"])
         tally.copy_(checkpoint["tally"])
         first_epoch, position, step, rows, earlier = (
             checkpoint[k] for k in ("epoch", "position", "step", "rows", "seconds"))
-    start = saved = time.time()
-    clock, seen = None, 0  # of the images per second
+    start = shown = saved = time.time()
+    clock = None  # time and step after the first step here, which compiles
 
     def save(epoch, position):
         state = dict(settings=settings_of(args), model=net.state_dict(),
-                     optimizer=optimizer.state_dict(), noise=noise.get_state(), tally=tally,
-                     epoch=epoch, position=position, step=step, rows=rows,
+                     optimizer=optimizer.state_dict(), tally=tally, epoch=epoch,
+                     position=position, step=step, rows=rows,
                      seconds=earlier + time.time() - start)
         write(path, lambda aside: torch.save(state, aside))
+
+    save(first_epoch, position)  # a folder that cannot be written shows now
 
     for epoch in range(first_epoch, args.epochs):
         generator = torch.Generator().manual_seed(1000 * args.seed + epoch)
@@ -284,8 +290,8 @@ def train(net, fit, held_out, args, checkpoint, signals):
         for at in range(position, usable, size):
             done = (epoch + at / usable) / args.epochs
             for group in optimizer.param_groups:  # a short rise, then a straight line to zero
-                rise = min(1.0, (step + 1) / WARMUP)
-                group["lr"] = args.lr * group["scale"] * rise * (1 - done)
+                group["lr"] = args.lr * group["scale"] * min(1, (step + 1) / WARMUP) * (1 - done)
+            noise.manual_seed((args.seed << 32) + step)
             batch = order[at:at + size]
             images = data.augment(data.standardise(fit.images[batch]), spec, noise)
             # All processes augment the whole batch, so their number does not change the images.
@@ -306,12 +312,10 @@ def train(net, fit, held_out, args, checkpoint, signals):
             if WORLD > 1:  # a signal to one process stops all, after the same step
                 dist.all_reduce(sums)
             tally += sums
-            if clock is None:  # the first step compiles, and does not count
-                clock = shown = time.time()
-            else:
-                seen += size
-            if seen and (at + size == usable or time.time() - shown > SHOW_SECONDS):
-                shown, rate = time.time(), seen / (time.time() - clock)
+            clock = clock or (time.time(), step)
+            if step > clock[1] and (at + size == usable or time.time() - shown > SHOW_SECONDS):
+                shown = time.time()
+                rate = (step - clock[1]) * size / (shown - clock[0])
                 left = ((args.epochs - epoch) * usable - at - size) / rate
                 print(f"epoch {epoch + 1}/{args.epochs}  {rate:.0f} images/s  loss "
                       f"{tally[0] / tally[2]:.4f}  training error {100 * tally[1] / tally[2]:.2f} %"
@@ -325,7 +329,7 @@ def train(net, fit, held_out, args, checkpoint, signals):
                 sys.exit(130)
         row = dict(epoch=epoch + 1, step=step, loss=(tally[0] / tally[2]).item(),
                    training_error=(100 * tally[1] / tally[2]).item())
-        if held_out:
+        if args.validate is not None:
             confusion = evaluate(net, held_out, args)
             row["validation_error"] = error_of(confusion)
             print(f"validation error {row['validation_error']:.2f} %", flush=True)
@@ -371,10 +375,6 @@ def main(argv=None):
                           args.out or next(path for path in fresh if not os.path.exists(path)))
     if not args.resume and (out / "checkpoint.pt").exists():
         fail(f"--out {out}: holds a run already; --resume {out / 'checkpoint.pt'} continues it")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"{out}: {error.strerror}")
     print(f"{args.routing} routing on {args.dataset}: {len(fit.labels)} training images, "
           f"{sum(p.numel() for p in net.parameters())} parameters, {args.device}, run in {out}"
           + ", compiling the routing first, for up to a minute" * args.compile, flush=True)
@@ -382,8 +382,7 @@ def main(argv=None):
     before = {s: signal.signal(s, lambda number, _: signals.append(number))
               for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        validation = None if args.validate is None else held_out
-        rows, confusion = train(net, fit, validation, args, checkpoint, signals)
+        rows, confusion = train(net, fit, held_out, args, checkpoint, signals)
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
