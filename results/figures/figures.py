@@ -3,7 +3,6 @@
     PYTHONPATH=. python results/figures/figures.py        (in the project's folder)
 """
 
-import csv
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -121,19 +120,6 @@ def attention():
     save("attention.png")
 
 
-def learning():
-    """Training error by epoch of the runs in results/, and the test error at the end."""
-    for path in sorted(HERE.parent.glob("*/metrics.csv")):
-        rows = list(csv.DictReader(open(path)))
-        plt.plot([int(row["epoch"]) for row in rows],
-                 [float(row["training_error"]) for row in rows], ".-", label=path.parent.name)
-    plt.yscale("log")
-    plt.gca().set(xlabel="epoch", ylabel="training error, %")
-    plt.legend()
-    save("learning.png")
-
-
 if __name__ == "__main__":
     consensus()
     attention()
-    learning()
