@@ -3,6 +3,8 @@
     PYTHONPATH=. python results/figures/figures.py        (in the project's folder)
 """
 
+import csv
+import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -120,6 +122,27 @@ def attention():
     save("attention.png")
 
 
+def curves():
+    """Training error by epoch of the runs on smallNORB, and the test error that each ended with."""
+    plt.figure(figsize=(6, 3.2), layout="constrained")
+    for color, folder in enumerate(sorted(HERE.parent.glob("smallnorb-*/result.json"))):
+        result, folder = json.loads(folder.read_text()), folder.parent
+        with open(folder / "metrics.csv") as file:
+            rows = list(csv.DictReader(file))
+        epochs = [int(row["epoch"]) for row in rows]
+        errors = [float(row["training_error"]) for row in rows]
+        label = folder.name.removeprefix("smallnorb-").replace("-", " ")
+        plt.semilogy(epochs, errors, ".-", color=f"C{color}", label=label)
+        plt.semilogy(epochs[-1], result["test_error"], "*", color=f"C{color}", markersize=10)
+    ticks = (2, 5, 10, 20, 50)
+    plt.gca().set(xlabel="epoch", ylabel="training error, at the end test error (star), %",
+                  xticks=range(1, 6), yticks=ticks, yticklabels=ticks)
+    plt.minorticks_off()
+    plt.legend()
+    save("curves.png")
+
+
 if __name__ == "__main__":
     consensus()
+    curves()
     attention()
