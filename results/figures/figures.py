@@ -125,8 +125,8 @@ def attention():
 def curves():
     """Training error by epoch of the runs on smallNORB, and the test error that each ended with."""
     plt.figure(figsize=(6, 3.2), layout="constrained")
-    for color, folder in enumerate(sorted(HERE.parent.glob("smallnorb-*"))):
-        result = json.loads((folder / "result.json").read_text())
+    for color, file in enumerate(sorted(HERE.parent.glob("smallnorb-*/result.json"))):
+        folder, result = file.parent, json.loads(file.read_text())
         with open(folder / "metrics.csv") as file:
             rows = list(csv.DictReader(file))
         epochs = [int(row["epoch"]) for row in rows]
