@@ -125,8 +125,8 @@ def attention():
 def curves():
     """Training error by epoch of the runs on smallNORB, and the test error that each ended with."""
     plt.figure(figsize=(6, 3.2), layout="constrained")
-    for color, file in enumerate(sorted(HERE.parent.glob("smallnorb-*/result.json"))):
-        folder, result = file.parent, json.loads(file.read_text())
+    for color, path in enumerate(sorted(HERE.parent.glob("smallnorb-*/result.json"))):
+        folder, result = path.parent, json.loads(path.read_text())
         with open(folder / "metrics.csv") as file:
             rows = list(csv.DictReader(file))
         epochs = [int(row["epoch"]) for row in rows]
@@ -138,7 +138,7 @@ def curves():
     plt.gca().set(xlabel="epoch", ylabel="training error, at the end test error (star), %",
                   xticks=range(1, 6), yticks=ticks, yticklabels=ticks)
     plt.minorticks_off()
-    plt.legend()
+    plt.gcf().legend(loc="outside right upper")
     save("curves.png")
 
 
