@@ -16,7 +16,7 @@ from capsnet import CapsNet, SimilarityRouting, routing_objective
 
 HERE = Path(__file__).parent
 RUNS = {"toys": HERE.parent / "toys-similarity/weights.pt",
-        "smallnorb": HERE.parent / "smallnorb-similarity/weights.pt"}
+        "smallnorb": HERE.parent / "smallnorb-similarity-15-epochs/weights.pt"}
 plt.rcParams |= {"figure.facecolor": "white", "savefig.dpi": 110, "font.size": 9}
 
 
@@ -134,9 +134,9 @@ def curves():
         label = folder.name.removeprefix("smallnorb-").replace("-", " ")
         plt.semilogy(epochs, errors, ".-", color=f"C{color}", label=label)
         plt.semilogy(epochs[-1], result["test_error"], "*", color=f"C{color}", markersize=10)
-    ticks = (2, 5, 10, 20, 50)
+    ticks = (1, 2, 5, 10, 20, 50)
     plt.gca().set(xlabel="epoch", ylabel="training error, at the end test error (star), %",
-                  xticks=range(1, 6), yticks=ticks, yticklabels=ticks)
+                  xticks=(1, *range(5, 16, 5)), yticks=ticks, yticklabels=ticks)
     plt.minorticks_off()
     plt.gcf().legend(loc="outside right upper")
     save("curves.png")
