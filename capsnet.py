@@ -38,7 +38,7 @@ Where this departs from the paper, or chooses what the paper leaves open
     * lambda1, lambda2 and the kernel widths are learned as logarithms, so they stay positive.
     * The author starts at lambda1 = 12, lambda2 = 1 and a small theta_1, where C stays uniform and
       the class logits of all images nearly equal. The initial values here come from earlier,
-      short trials on one held-out training toy.
+      short trials on one held-out training toy. Some of his versions have a ReLU on primary poses.
     * Connectionist routing starts with larger weights than PyTorch's: with those, its class logits
       differ by 5e-5 between images, and 700 images later it had learned nothing.
 """

@@ -30,7 +30,8 @@ from torch.utils.benchmark import Timer
 import data
 from capsnet import ROUTINGS, CapsNet
 
-EPOCHS = {"toys": 2, "mnist": 5, "smallnorb": 30}
+EPOCHS = {"toys": 2, "mnist": 4, "smallnorb": 15}
+LR = {"similarity": 1.2e-2, "connectionist": 3e-3, "em": 3e-3, "dynamic": 1.2e-2}
 WARMUP, CLIP = 10, 1.0  # steps; norm of the gradient
 ROUTING_LR = 5  # times --lr: lambda, theta, widths and the like have further to go than W
 EVAL_BATCH, SAVE_SECONDS, SHOW_SECONDS = 32, 120, 10
@@ -79,7 +80,7 @@ def parse(argv=None):
         help="for the routing's constructor, such as lambda1=1; may be repeated")
     add("--epochs", type=at_least(0), help=f"if not {EPOCHS}")
     add("--batch-size", type=at_least(1), default=16, help="images per step")
-    add("--lr", type=at_least(0, float), default=1.2e-2, help="Adam's learning rate at its highest")
+    add("--lr", type=at_least(0, float), help=f"Adam's highest learning rate, if not {LR}")
     add("--validate", type=int, metavar="INSTANCE",
         help="hold out this training instance of every class, and leave the test set alone")
     add("--crops", type=at_least(1), default=1, help="score N x N crops, 1: the central one")
@@ -103,6 +104,7 @@ def parse(argv=None):
             parser.set_defaults(validate=None)
         args = parser.parse_args(argv)
     args.epochs = EPOCHS[args.dataset] if args.epochs is None else args.epochs
+    args.lr = LR[args.routing] if args.lr is None else args.lr
     if args.iterations == 0 and args.routing in ("em", "connectionist"):
         fail(f"--iterations 0: {args.routing} routing gives no activations without iterations")
     return args, checkpoint
@@ -161,7 +163,7 @@ def build(args, checkpoint):
         torch._dynamo.config.suppress_errors = True  # where the compiler fails, run as written
         # Keep half of what backward would like to find: EM routing trains 1.3 times as fast.
         torch._functorch.config.activation_memory_budget = 0.5
-        for layer in (net.caps1, net.caps2):  # class_caps has 1 % of the votes
+        for layer in (net.caps1, net.caps2):  # class_caps has 2 % of the votes
             layer.routing.compile()
     return net
 
