@@ -397,7 +397,7 @@ def main(argv=None):
     weights = {"settings": settings_of(args), "model": net.state_dict()}
     write(out / "weights.pt", lambda path: torch.save(weights, path))
     print(f"epochs in {out / 'metrics.csv'}; to score again: python train.py --eval "
-          f"{out / 'weights.pt'}; next: python train.py --help")
+          f"{out / 'weights.pt'}; next: python train.py --help; pictures: results/figures")
 
 
 if __name__ == "__main__":
