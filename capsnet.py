@@ -30,11 +30,11 @@ Between layers poses are (B, C, *grid, P, P), activations (B, C, *grid).
 Where this departs from the paper, or chooses what the paper leaves open
 
     * Activations are logits throughout: log a is exact, and nothing takes the log of zero.
-    * Before it votes, every pose is divided by its Frobenius norm and the capsule's place in the
-      grid is added to it. The author's early versions do the first, his later ones for primary
-      poses only; his coordinates are three, of the output position and of the slot in its field.
-      Without the first, votes shrink by half in every layer.
-    * In dynamic routing length is presence: there poses get the length a, and no coordinates.
+    * Before it votes, every pose is divided by its Frobenius norm, as in the author's early
+      versions; his later ones do it with primary poses only. Without it, votes shrink by half in
+      every layer. In dynamic routing length is presence: there poses get the length a.
+    * No coordinates are added to poses. The author adds three: the output position's, and one of
+      the slot in its field. Without any, similarity routing recognised new toys better.
     * lambda1, lambda2 and the kernel widths are learned as logarithms, so they stay positive.
     * The author starts at lambda1 = 12, lambda2 = 1 and a small theta_1, where C stays uniform and
       the class logits of all images nearly equal. The initial values here come from earlier,
@@ -334,17 +334,6 @@ class DynamicRouting(Routing):
 # ------------------------------------------------------------------------------- the layers
 
 
-def add_coordinates(pose: Tensor) -> Tensor:
-    """Add (index + 0.5) / size along each axis of the grid to the first entries of every pose.
-
-    (B, C, *grid, P, P) -> the same shape.
-    """
-    *grid, side, _ = pose.shape[2:]
-    axes = [(torch.arange(n, device=pose.device, dtype=pose.dtype) + 0.5) / n for n in grid]
-    position = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)  # (*grid, len(grid))
-    return pose + F.pad(position, (0, side * side - len(grid))).unflatten(-1, (side, side))
-
-
 class PrimaryCaps(nn.Module):
     """Features to capsules: (B, features, *grid) -> pose (B, C, *grid, P, P), logit (B, C, *grid).
 
@@ -396,8 +385,6 @@ class ConvCaps(nn.Module):
         pose = F.normalize(pose, dim=(-2, -1), eps=1e-6)
         if self.routing.length_is_activation:
             pose = pose * logit.sigmoid()[..., None, None]
-        else:
-            pose = add_coordinates(pose)
         index = torch.arange(logit[0].numel(), device=logit.device).view_as(logit[0])
         for axis, (k, s) in enumerate(zip(self.kernel_size, self.stride), start=1):
             index = index.unfold(axis, k, s)  # in the end (C, *out, *kernel)

@@ -196,15 +196,11 @@ def oracle_layer(name, layer, pose, logit):
                for offset in product(*map(range, layer.kernel_size))] for start in starts]
     votes = []
     for field, j in product(fields, range(layer.weight.shape[1])):
-        for w, (channel, *cell) in zip(layer.weight[:, j], field):
-            m = pose[channel][tuple(cell)]
-            entries = list((m / frobenius(m)).flatten())
+        for w, child in zip(layer.weight[:, j], field):
+            m = pose[child] / frobenius(pose[child])
             if name == "dynamic":
-                entries = [x * logit[channel][tuple(cell)].sigmoid() for x in entries]
-            else:
-                for axis, (x, n) in enumerate(zip(cell, grid)):
-                    entries[axis] = entries[axis] + (x + 0.5) / n
-            votes.append(w / frobenius(w) @ torch.stack(entries).view_as(w))
+                m = m * logit[child].sigmoid()
+            votes.append(w / frobenius(w) @ m)
     votes = torch.stack(votes).view(len(fields), -1, len(fields[0]), w.numel())
     a = torch.stack([torch.stack([logit[x].sigmoid() for x in field]) for field in fields])
     return ORACLES[name](layer.routing, votes, a, fields)
@@ -377,8 +373,7 @@ def test_gradients_of_the_equations_are_exact():
             (cn.update_pose, x, (2, 3, 4)),
             (lambda k, z, *y: cn.routing_objective(k, z.softmax(-1), *y), x, x, x, (2, 1), (1,)),
             (cn.squared_distance, (2, 4), (2, 3, 4)),
-            (lambda z: cn.log_softmax_over_parents(z, fields), (2, 2, 3)),
-            (cn.add_coordinates, (1, 2, 3, 2, 2))):
+            (lambda z: cn.log_softmax_over_parents(z, fields), (2, 2, 3))):
         assert gradcheck(function, [rand(*shape) for shape in shapes])
 
 
@@ -987,6 +982,12 @@ def test_options_of_the_routing_may_be_integers_lists_and_switches():
     for text, routing in (("num_kernels=2", "similarity"), ("phi=[8, 8]", "connectionist"),
                           ("hidden_size=8", "connectionist"), ("mean_shift=true", "similarity")):
         train.build(*train.parse(["--no-compile", "--option", text, "--routing", routing]))
+
+
+def test_learning_rate_and_epochs_follow_routing_and_data_set_unless_given():
+    chosen = lambda *given: (lambda args: (args.lr, args.epochs))(train.parse(given)[0])
+    assert chosen("--routing", "em", "--dataset", "mnist") == (3e-3, 4)
+    assert chosen("--routing", "em", "--lr", "1", "--epochs", "0") == (1, 0)
 
 
 def test_a_failed_save_leaves_the_file_before_it(tmp_path):

@@ -33,7 +33,8 @@ from capsnet import ROUTINGS, CapsNet
 EPOCHS = {"toys": 2, "mnist": 4, "smallnorb": 15}
 LR = {"similarity": 1.2e-2, "connectionist": 3e-3, "em": 3e-3, "dynamic": 1.2e-2}
 WARMUP, CLIP = 10, 1.0  # steps; norm of the gradient
-ROUTING_LR = 5  # times --lr: lambda, theta, widths and the like have further to go than W
+ROUTING_LR = 5  # times --lr: lambda, theta and the like have further to go than W
+KERNELS = ("kernel_logit", "log_width")  # at --lr: faster ones end where no votes are, and stay
 EVAL_BATCH, SAVE_SECONDS, SHOW_SECONDS = 32, 120, 10
 # Where and how to run: no checkpoint imposes these on its successor.
 LOCAL = ("resume", "eval", "benchmark", "out", "data_dir", "device", "compile", "crops")
@@ -261,10 +262,11 @@ def train(net, fit, held_out, args, checkpoint, signals):
         fail(f"--batch-size {size}: expected a multiple of the {WORLD} processes")
     model = net if WORLD == 1 else nn.parallel.DistributedDataParallel(
         net, find_unused_parameters=args.iterations == 0)
-    slow, fast = ([p for name, p in net.named_parameters() if (".routing." in name) == routing]
-                  for routing in (False, True))
+    fast = {name: p for name, p in net.named_parameters()
+            if ".routing." in name and not name.endswith(KERNELS)}
+    slow = [p for name, p in net.named_parameters() if name not in fast]
     optimizer = torch.optim.Adam([{"params": slow, "scale": 1},
-                                  {"params": fast, "scale": ROUTING_LR}])
+                                  {"params": list(fast.values()), "scale": ROUTING_LR}])
     noise = torch.Generator(args.device)  # of the augmentation
     tally = torch.zeros(4, device=args.device)  # this epoch's sums: loss, errors, images, signals
     first_epoch, position, step, rows, earlier, confusion = 0, 0, 0, [], 0.0, None
