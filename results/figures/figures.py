@@ -16,7 +16,7 @@ from capsnet import CapsNet, SimilarityRouting, routing_objective
 
 HERE = Path(__file__).parent
 RUNS = {"toys": HERE.parent / "toys-similarity/weights.pt",
-        "smallnorb": HERE.parent / "smallnorb-similarity-15-epochs/weights.pt"}
+        "smallnorb": HERE.parent / "smallnorb-similarity/weights.pt"}
 plt.rcParams |= {"figure.facecolor": "white", "savefig.dpi": 110, "font.size": 9}
 
 
