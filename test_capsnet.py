@@ -985,9 +985,10 @@ def test_options_of_the_routing_may_be_integers_lists_and_switches():
 
 
 def test_learning_rate_and_epochs_follow_routing_and_data_set_unless_given():
-    chosen = lambda *given: (lambda args: (args.lr, args.epochs))(train.parse(given)[0])
-    assert chosen("--routing", "em", "--dataset", "mnist") == (3e-3, 4)
-    assert chosen("--routing", "em", "--lr", "1", "--epochs", "0") == (1, 0)
+    for given, lr, epochs in (("--routing em --dataset mnist", 3e-3, 4),
+                              ("--routing em --lr 1 --epochs 0", 1, 0)):
+        args, _ = train.parse(given.split())
+        assert (args.lr, args.epochs) == (lr, epochs)
 
 
 def test_a_failed_save_leaves_the_file_before_it(tmp_path):

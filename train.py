@@ -34,7 +34,7 @@ EPOCHS = {"toys": 2, "mnist": 4, "smallnorb": 15}
 LR = {"similarity": 1.2e-2, "connectionist": 3e-3, "em": 3e-3, "dynamic": 1.2e-2}
 WARMUP, CLIP = 10, 1.0  # steps; norm of the gradient
 ROUTING_LR = 5  # times --lr: lambda, theta and the like have further to go than W
-KERNELS = ("kernel_logit", "log_width")  # at --lr: faster ones end where no votes are, and stay
+KERNELS = ("kernel_logit", "log_width")  # at --lr itself: at five times that they soon die
 EVAL_BATCH, SAVE_SECONDS, SHOW_SECONDS = 32, 120, 10
 # Where and how to run: no checkpoint imposes these on its successor.
 LOCAL = ("resume", "eval", "benchmark", "out", "data_dir", "device", "compile", "crops")
