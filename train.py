@@ -88,7 +88,7 @@ def parse(argv=None):
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
     add("--amp", action=switch, default=False, help="bfloat16 autocast")
     add("--compile", action=switch, default=compiler is not None,
-        help="fuse the routing with torch.compile: faster, after a minute")
+        help="the routing, on a GPU all, with torch.compile: faster, after a minute")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to run on")
     add("--data-dir", default="datasets", help="where the data sets are, or will be put")
     add("--out", help="folder for the run, if not a new one in runs/")
@@ -385,7 +385,7 @@ def main(argv=None):
         fail(f"--out {out}: holds a run already; --resume {out / 'checkpoint.pt'} continues it")
     print(f"{args.routing} routing on {args.dataset}: {len(fit.labels)} training images, "
           f"{sum(p.numel() for p in net.parameters())} parameters, {args.device}, run in {out}"
-          + ", compiling the routing first, for up to a minute" * args.compile, flush=True)
+          + ", compiling first, for up to a minute" * args.compile, flush=True)
     signals = []  # training stops after the step in which one comes
     before = {s: signal.signal(s, lambda number, _: signals.append(number))
               for s in (signal.SIGINT, signal.SIGTERM)}
