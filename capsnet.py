@@ -226,30 +226,17 @@ class ConnectionistRouting(Routing):
         self.psi = mlp(hidden_size, *psi, 1)
 
     def initial_state(self, votes, fields):
-        # W [mu, v, a, c] of the cell is a sum of four products. This one is the same in every
-        # iteration, that with mu for all inputs.
-        _, w_v, _, _ = self.weights()
-        zeros = votes.new_zeros(*votes.shape[:-1], self.cell.hidden_size)  # (..., O, I, H)
-        return zeros, zeros, F.linear(votes, w_v, self.cell.bias_ih)  # (..., O, I, 4 H)
-
-    def weights(self):
-        """Of mu, v (4 H, D), a and c (4 H, 1)."""
-        entries = self.cell.input_size // 2 - 1
-        return self.cell.weight_ih.split([entries, entries, 1, 1], 1)
+        zeros = votes.new_zeros(math.prod(votes.shape[:-1]), self.cell.hidden_size)
+        return zeros, zeros
 
     def compatibility(self, mu, votes, log_a, c, state):
-        h, s, from_votes = state
-        w_mu, _, w_a, w_c = self.weights()
-        gates = (from_votes + F.linear(mu, w_mu).unsqueeze(-2)
-                 + log_a.exp().unsqueeze(-1) * w_a.flatten() + c.unsqueeze(-1) * w_c.flatten()
-                 + F.linear(h, self.cell.weight_hh, self.cell.bias_hh))
-        i, f, g, o = gates.chunk(4, -1)
-        s = f.sigmoid() * s + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * s.tanh()
-        return self.phi(h).squeeze(-1).softmax(-1), (h, s, from_votes)
+        a = log_a.exp().expand_as(c)
+        x = torch.cat([mu.unsqueeze(-2).expand_as(votes), votes, torch.stack([a, c], -1)], -1)
+        h, s = self.cell(x.flatten(0, -2), state)  # a row for each vote
+        return self.phi(h).view_as(c).softmax(-1), (h, s)
 
     def activation(self, mu, votes, log_a, c, state):
-        return self.psi(update_pose(c, state[1])).squeeze(-1)
+        return self.psi(update_pose(c, state[1].view(*c.shape, -1))).flatten(-2)
 
 
 # ---------------------------------------------------- the procedures that the paper compares with
