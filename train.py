@@ -88,7 +88,7 @@ def parse(argv=None):
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
     add("--amp", action=switch, default=False, help="bfloat16 autocast")
     add("--compile", action=switch, default=compiler is not None,
-        help="the routing, on a GPU all, with torch.compile: faster, after a minute")
+        help="torch.compile the routing, on a GPU the network: faster, after a minute")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to run on")
     add("--data-dir", default="datasets", help="where the data sets are, or will be put")
     add("--out", help="folder for the run, if not a new one in runs/")
@@ -186,6 +186,7 @@ def evaluate(net, dataset, args):
     net.eval()
     for images, labels in zip(*(part[RANK::WORLD].split(EVAL_BATCH) for part in dataset[:2])):
         crops = data.crops(data.standardise(images), spec.crop, args.crops)
+        # net.forward: on a GPU net(crop) would compile the network again, for every batch size.
         logits = torch.stack([predict(net.forward, crop, args) for crop in crops])
         # The mean of the crops' probabilities, as a logarithm: rounding makes no ties there.
         predicted = logits.log_softmax(2).logsumexp(0).argmax(1)
@@ -303,7 +304,7 @@ def train(net, fit, held_out, args, checkpoint, signals):
             images = data.augment(data.standardise(fit.images[batch]), spec, noise)
             # All processes augment the whole batch, so their number does not change the images.
             images, labels = images[RANK::WORLD], fit.labels[batch][RANK::WORLD]
-            optimizer.zero_grad()
+            optimizer.zero_grad()  # first: a CUDA graph overwrites the gradients it returned
             logits = predict(model, images, args)
             loss = F.cross_entropy(logits, labels)
             loss.backward()
