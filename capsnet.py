@@ -266,9 +266,10 @@ class EMRouting(Routing):
     r_ij = R_ij a_i is the weight of vote i in cluster j, and C = r / sum_i r, so that the pose of
     Algorithm 1 is the M-step's mean. R is normalised over all parents of a child.
     The activation's lambda is inverse_temperature * (1 - 0.95^(t+1)) in iteration t = 0, 1, ...
+    With 3 iterations, and with 0.01, this network fits smallNORB worse.
     """
 
-    def __init__(self, out_channels, pose_size=4, iterations=3, inverse_temperature=0.01):
+    def __init__(self, out_channels, pose_size=4, iterations=2, inverse_temperature=0.03):
         super().__init__(iterations)
         self.inverse_temperature = inverse_temperature
         self.beta_u = nn.Parameter(torch.zeros(out_channels))

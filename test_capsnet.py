@@ -156,7 +156,7 @@ def oracle_em(r, votes, a, fields):
             mu = weighted_sum(weight, v) / sum(weight)
             variance = weighted_sum(weight, (v - mu) ** 2) / sum(weight) + 1e-5
             cost = sum(r.beta_u[j] + s2.sqrt().log() for s2 in variance) * sum(weight)
-            logit = 0.01 * (1 - 0.95 ** (t + 1)) * (r.beta_a[j] - cost)
+            logit = r.inverse_temperature * (1 - 0.95 ** (t + 1)) * (r.beta_a[j] - cost)
             result[l, j] = mu, logit, torch.stack(weight) / sum(weight)
             for i in range(I):
                 normal = torch.distributions.Normal(mu, variance.sqrt())

@@ -76,7 +76,7 @@ def parse(argv=None):
     add("--dataset", choices=data.SPECS, default="toys", help="toys need no download")
     add("--cameras", type=int, default=1, help="of smallnorb, as channels: 1 or 2")
     add("--routing", choices=ROUTINGS, default="similarity", help="the routing procedure")
-    add("--iterations", type=at_least(0), default=3, help="of the routing; 0 is the mean vote")
+    add("--iterations", type=at_least(0), help="if not the routing's own; 0 is the mean vote")
     add("--option", type=assignment, metavar="NAME=VALUE", action="append", default=[],
         help="for the routing's constructor, such as lambda1=1; may be repeated")
     add("--epochs", type=at_least(0), help=f"if not {EPOCHS}")
@@ -143,10 +143,11 @@ def write(path, save):
 
 def build(args, checkpoint):
     spec = data.SPECS[args.dataset]
+    options = {} if args.iterations is None else {"iterations": args.iterations}
     torch.manual_seed(args.seed)
     try:
         net = CapsNet((args.cameras, spec.crop, spec.crop), len(spec.classes), args.routing,
-                      **{"iterations": args.iterations, **dict(args.option)})
+                      **options, **dict(args.option))
     except (TypeError, ValueError, RuntimeError) as error:
         fail(f"--option {args.option}: not for {args.routing} routing "
              f"({str(error).splitlines()[0]})")
