@@ -266,7 +266,7 @@ class EMRouting(Routing):
     r_ij = R_ij a_i is the weight of vote i in cluster j, and C = r / sum_i r, so that the pose of
     Algorithm 1 is the M-step's mean. R is normalised over all parents of a child.
     The activation's lambda is inverse_temperature * (1 - 0.95^(t+1)) in iteration t = 0, 1, ...
-    With 3 iterations, and with 0.01, this network fits smallNORB worse.
+    With 3 iterations this network fits smallNORB far worse, with 0.01 somewhat.
     """
 
     def __init__(self, out_channels, pose_size=4, iterations=2, inverse_temperature=0.03):
