@@ -30,7 +30,7 @@ from torch.utils.benchmark import Timer
 import data
 from capsnet import ROUTINGS, CapsNet
 
-EPOCHS = {"toys": 2, "mnist": 4, "smallnorb": 15}
+EPOCHS = {"toys": 2, "mnist": 4, "smallnorb": 45}
 LR = {"similarity": 1.2e-2, "connectionist": 3e-3, "em": 3e-3, "dynamic": 1.2e-2}
 WARMUP, CLIP = 10, 1.0  # steps; norm of the gradient
 ROUTING_LR = 5  # times --lr: lambda, theta and the like have further to go than W

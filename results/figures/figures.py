@@ -134,9 +134,9 @@ def curves():
         label = folder.name.removeprefix("smallnorb-").replace("-", " ")
         plt.semilogy(epochs, errors, ".-", color=f"C{color}", label=label)
         plt.semilogy(epochs[-1], result["test_error"], "*", color=f"C{color}", markersize=10)
-    ticks = (1, 2, 5, 10, 20, 50)
+    ticks = (0.2, 0.5, 1, 2, 5, 10, 20, 50)
     plt.gca().set(xlabel="epoch", ylabel="training error, at the end test error (star), %",
-                  xticks=(1, *range(5, 16, 5)), yticks=ticks, yticklabels=ticks)
+                  xticks=(1, *range(5, 46, 5)), yticks=ticks, yticklabels=ticks)
     plt.minorticks_off()
     plt.gcf().legend(loc="outside right upper")
     save("curves.png")
