@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import data
 from capsnet import CapsNet, SimilarityRouting, routing_objective
@@ -23,6 +24,8 @@ plt.rcParams |= {"figure.facecolor": "white", "savefig.dpi": 110, "font.size": 9
 def save(name):
     plt.savefig(HERE / name, bbox_inches="tight")
     plt.close()
+    image = Image.open(HERE / name).convert("RGB")
+    image.quantize(256, Image.Quantize.MAXCOVERAGE).save(HERE / name)  # a third of the size
 
 
 def routing_of(lambda1, lambda2, mean_shift=False):
