@@ -402,6 +402,7 @@ def main(argv=None):
     result = {f"{name}_error": error_of(confusion), "seconds": rows[-1]["seconds"] if rows else 0,
               "settings": settings_of(args), "confusion": confusion.tolist()}
     write(out / "result.json", lambda path: path.write_text(json.dumps(result) + "\n"))
+    # From the CPU, so that torch.load opens them on a machine without this device.
     weights = {"settings": settings_of(args), "model": net.cpu().state_dict()}
     write(out / "weights.pt", lambda path: torch.save(weights, path))
     print(f"epochs in {out / 'metrics.csv'}; to score again: python train.py --eval "
