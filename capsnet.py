@@ -11,7 +11,7 @@ Glossary (EM paper: Hinton et al., ICLR 2018; dynamic paper: Sabour et al., Neur
     pose, mu          M_i, mu_j            what a capsule says about its part: a P x P matrix
     logit                                  of an activation: a = sigmoid(logit), "it is present"
     log_a             log a_i              logsigmoid(logit): exact where a itself underflows
-    weight            W_ij        Eq. 1    the view of output capsule j from input capsule i
+    weight            W_ij        Eq. 1    takes the pose of input i to its vote for j
     votes             v_ij        Eq. 1    what i predicts for the pose of j
     compatibility, c  c_ij        Eq. 3    share of vote i in the pose of j: sums to 1 over i
                                            (dynamic routing's: over all parents j)
@@ -140,7 +140,7 @@ def update_compatibility(similarity: Tensor, log_a: Tensor, lambda1, lambda2) ->
 
     similarity (..., I), log_a (..., I) -> (..., I); the lambdas broadcast against these.
     Softmax over the last axis, the *input* capsules: every output capsule spreads one unit of
-    attention over its votes. (EM and dynamic routing normalise over the outputs instead.)
+    attention over its votes. (EM and dynamic routing share out an input over its parents instead.)
     """
     return ((similarity + lambda2 * log_a) / (lambda1 + lambda2)).softmax(-1)
 
@@ -151,14 +151,14 @@ def squared_distance(pose: Tensor, votes: Tensor) -> Tensor:
 
 
 class SimilarityRouting(Routing):
-    """Section 4.1: routing descends on an objective (Eq. 2) whose parameters are learned.
+    """Section 4.1: routing minimises, in turns, an objective (Eq. 2) whose parameters are learned.
 
     num_kernels: Q of Eq. 15, shared by the channels; their widths start spread over `widths`.
     lambda1, lambda2, theta1: initial values, then one of each per output channel. The gain theta_1
         must be large, since logits need room and k lies in (0, 1].
     mean_shift: replaces the paper's pose, sum c_i v_i, by sum c_i g_i v_i / sum c_i g_i with
         g_i = -dk/d(||mu - v_i||^2), which never raises the objective (k is convex in the squared
-        distance: minorise-maximise). If every g_i underflows, the limit of that ratio.
+        distance: minorise-maximise). In logarithms: the ratio stays exact where all g_i underflow.
     """
 
     def __init__(self, out_channels, pose_size=4, iterations=3, num_kernels=4, widths=(0.1, 1.0),
@@ -184,7 +184,7 @@ class SimilarityRouting(Routing):
         return update_compatibility(self.similarity(mu, votes), log_a, *self.lambdas()), state
 
     def pose(self, mu, votes, c):
-        if self.mean_shift:  # c_i g_i in logarithms, since every g_i may underflow
+        if self.mean_shift:
             d2 = squared_distance(mu, votes).unsqueeze(-1)
             log_w = self.kernel_logit.log_softmax(0) - 2 * self.log_width
             log_g = (log_w - 0.5 * d2 * (-2 * self.log_width).exp()).logsumexp(-1)
@@ -220,7 +220,7 @@ class ConnectionistRouting(Routing):
         super().__init__(iterations)
         entries = pose_size**2
         self.cell = nn.LSTMCell(2 * entries + 2, hidden_size)
-        with torch.no_grad():  # its initial weights expect entries near 1, poses have a norm near 1
+        with torch.no_grad():  # expects entries near 1; those of votes and poses are near 1/8
             self.cell.weight_ih[:, : 2 * entries] *= math.sqrt(entries)
         self.phi = mlp(hidden_size, *phi, 1)
         self.psi = mlp(hidden_size, *psi, 1)
@@ -266,7 +266,7 @@ class EMRouting(Routing):
     r_ij = R_ij a_i is the weight of vote i in cluster j, and C = r / sum_i r, so that the pose of
     Algorithm 1 is the M-step's mean. R is normalised over all parents of a child.
     The activation's lambda is inverse_temperature * (1 - 0.95^(t+1)) in iteration t = 0, 1, ...
-    With 3 iterations this network fits smallNORB far worse, with 0.01 somewhat.
+    With 3 iterations this network fits smallNORB far worse, with 0.01 in 0.03's place somewhat.
     """
 
     def __init__(self, out_channels, pose_size=4, iterations=2, inverse_temperature=0.03):
@@ -286,11 +286,12 @@ class EMRouting(Routing):
         # M-step
         d2 = (votes - update_pose(c, votes).unsqueeze(-2)).square()  # (..., O, I, D)
         variance = update_pose(c, d2) + 1e-5
+        log_sigma = 0.5 * variance.log()
         mass = log_r.logsumexp(-1).exp()
-        cost = (self.beta_u.unsqueeze(-1) + 0.5 * variance.log()).sum(-1) * mass
+        cost = (self.beta_u.unsqueeze(-1) + log_sigma).sum(-1) * mass
         logit = self.inverse_temperature * (1 - 0.95 ** (t + 1)) * (self.beta_a - cost)
         # E-step: log(a_j p_ij), without the factor of (2 pi)^(D/2) that all parents share
-        log_scale = F.logsigmoid(logit) - 0.5 * variance.log().sum(-1)
+        log_scale = F.logsigmoid(logit) - log_sigma.sum(-1)
         log_p = log_scale.unsqueeze(-1) - 0.5 * (d2 / variance.unsqueeze(-2)).sum(-1)
         return c, (fields, t + 1, log_p, logit)
 
@@ -301,8 +302,8 @@ class EMRouting(Routing):
 class DynamicRouting(Routing):
     """Dynamic routing (dynamic paper): c_ij = softmax of b_ij over all parents j of child i.
 
-    The pose is squash(s_j), s_j = sum_i c_ij v_ij. Its length is the activation, so that of an
-    input is in its vote already, and log_a is not used.
+    The pose is squash(s_j), s_j = sum_i c_ij v_ij. Its length is the activation: that of an input
+    is in the length of its votes already, and log_a is not used.
     gain: multiplies the votes. Eq. 1 halves their length, and squash all but squares what is short:
         without a gain poses of 0.5 become 0.008, then 0.00004, layer by layer.
     """

@@ -982,6 +982,8 @@ def test_options_of_the_routing_may_be_integers_lists_and_switches():
     for text, routing in (("num_kernels=2", "similarity"), ("phi=[8, 8]", "connectionist"),
                           ("hidden_size=8", "connectionist"), ("mean_shift=true", "similarity")):
         train.build(*train.parse(["--no-compile", "--option", text, "--routing", routing]))
+    assert "--iterations 0: em" in fails(
+        ["--benchmark", "--no-compile", "--routing", "em", "--option", "iterations=0"])
 
 
 def test_learning_rate_and_epochs_follow_routing_and_data_set_unless_given():

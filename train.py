@@ -31,7 +31,7 @@ import data
 from capsnet import ROUTINGS, CapsNet
 
 EPOCHS = {"toys": 2, "mnist": 4, "smallnorb": 45}
-LR = {"similarity": 1.2e-2, "connectionist": 3e-3, "em": 3e-3, "dynamic": 1.2e-2}
+LR = {"similarity": 1.2e-2, "connectionist": 3e-3, "em": 3e-3, "dynamic": 1.2e-2}  # else 3e-3
 WARMUP, CLIP = 10, 1.0  # steps; norm of the gradient
 ROUTING_LR = 5  # times --lr: lambda, theta and the like have further to go than W
 KERNELS = ("kernel_logit", "log_width")  # at --lr itself: at five times that they soon die
@@ -105,9 +105,7 @@ def parse(argv=None):
             parser.set_defaults(validate=None)
         args = parser.parse_args(argv)
     args.epochs = EPOCHS[args.dataset] if args.epochs is None else args.epochs
-    args.lr = LR[args.routing] if args.lr is None else args.lr
-    if args.iterations == 0 and args.routing in ("em", "connectionist"):
-        fail(f"--iterations 0: {args.routing} routing gives no activations without iterations")
+    args.lr = LR.get(args.routing, 3e-3) if args.lr is None else args.lr
     return args, checkpoint
 
 
@@ -143,11 +141,15 @@ def write(path, save):
 
 def build(args, checkpoint):
     spec = data.SPECS[args.dataset]
-    options = {} if args.iterations is None else {"iterations": args.iterations}
+    options = dict(args.option)
+    if args.iterations is not None:
+        options["iterations"] = args.iterations
+    if options.get("iterations") == 0 and args.routing in ("em", "connectionist"):
+        fail(f"--iterations 0: {args.routing} routing gives no activations without iterations")
     torch.manual_seed(args.seed)
     try:
         net = CapsNet((args.cameras, spec.crop, spec.crop), len(spec.classes), args.routing,
-                      **options, **dict(args.option))
+                      **options)
     except (TypeError, ValueError, RuntimeError) as error:
         fail(f"--option {args.option}: not for {args.routing} routing "
              f"({str(error).splitlines()[0]})")

@@ -1,0 +1,36 @@
+"""The plain CNN that the README compares with: train.py, another network in the capsules' place.
+
+    PYTHONPATH=. python results/plain_cnn.py --epochs 45 --seed 0
+    PYTHONPATH=. python results/plain_cnn.py --eval runs/smallnorb-similarity-1/weights.pt --crops 2
+"""
+
+import sys
+
+from torch import nn
+
+import train
+
+
+class PlainCNN(nn.Module):
+    """43,000 parameters. images (B, *image_shape) -> None, in place of poses; logits (B, classes)"""
+
+    def __init__(self, image_shape, num_classes, routing, **options):
+        super().__init__()
+        self.image_shape = image_shape
+
+        def block(inputs, outputs, kernel_size, stride):
+            conv = nn.Conv2d(inputs, outputs, kernel_size, stride)
+            return conv, nn.BatchNorm2d(outputs), nn.ReLU()
+
+        self.layers = nn.Sequential(
+            *block(image_shape[0], 32, kernel_size=5, stride=2),
+            *block(32, 48, kernel_size=3, stride=2),
+            *block(48, 64, kernel_size=3, stride=1),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
+
+    def forward(self, images):
+        return None, self.layers(images)
+
+
+train.CapsNet = PlainCNN
+train.main(["--dataset", "smallnorb", "--no-compile", "--lr", "6e-3", *sys.argv[1:]])
