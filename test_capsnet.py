@@ -986,11 +986,15 @@ def test_options_of_the_routing_may_be_integers_lists_and_switches():
         ["--benchmark", "--no-compile", "--routing", "em", "--option", "iterations=0"])
 
 
-def test_learning_rate_and_epochs_follow_routing_and_data_set_unless_given():
+def test_learning_rate_and_epochs_follow_routing_and_data_set_unless_given(small_mnist, tmp_path):
     for given, lr, epochs in (("--routing em --dataset mnist", 3e-3, 4),
                               ("--routing em --lr 1 --epochs 0", 1, 0)):
         args, _ = train.parse(given.split())
         assert (args.lr, args.epochs) == (lr, epochs)
+    train.main([*small_mnist, "--epochs", "0", "--out", str(tmp_path / "run")])
+    groups = torch.load(tmp_path / "run" / "checkpoint.pt")["optimizer"]["param_groups"]
+    # At five times the rate: lambdas and theta of three layers, and not their kernels.
+    assert [(g["scale"], len(g["params"])) for g in groups] == [(1, 4 + 4 + 3 + 6), (5, 6)]
 
 
 def test_a_failed_save_leaves_the_file_before_it(tmp_path):
