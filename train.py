@@ -104,8 +104,15 @@ def parse(argv=None):
         if args.eval:  # the test set, unless this command line says otherwise
             parser.set_defaults(validate=None)
         args = parser.parse_args(argv)
+        if args.resume and args.validate != checkpoint["settings"]["validate"]:
+            fail(f"--validate {args.validate}: {args.resume} holds out "
+                 f"{checkpoint['settings']['validate']}")
     args.epochs = EPOCHS[args.dataset] if args.epochs is None else args.epochs
     args.lr = LR.get(args.routing, 3e-3) if args.lr is None else args.lr
+    if args.iterations == 0 and args.routing in ("em", "connectionist"):
+        fail(f"--iterations 0: {args.routing} routing gives no activations without iterations")
+    if "iterations" in dict(args.option):
+        fail("--option iterations: expected as --iterations")
     return args, checkpoint
 
 
@@ -141,15 +148,11 @@ def write(path, save):
 
 def build(args, checkpoint):
     spec = data.SPECS[args.dataset]
-    options = dict(args.option)
-    if args.iterations is not None:
-        options["iterations"] = args.iterations
-    if options.get("iterations") == 0 and args.routing in ("em", "connectionist"):
-        fail(f"--iterations 0: {args.routing} routing gives no activations without iterations")
+    options = {} if args.iterations is None else {"iterations": args.iterations}
     torch.manual_seed(args.seed)
     try:
         net = CapsNet((args.cameras, spec.crop, spec.crop), len(spec.classes), args.routing,
-                      **options)
+                      **options, **dict(args.option))
     except (TypeError, ValueError, RuntimeError) as error:
         fail(f"--option {args.option}: not for {args.routing} routing "
              f"({str(error).splitlines()[0]})")
@@ -275,21 +278,21 @@ def train(net, fit, held_out, args, checkpoint, signals):
     optimizer = torch.optim.Adam([{"params": slow, "scale": 1},
                                   {"params": list(fast.values()), "scale": ROUTING_LR}])
     noise = torch.Generator(args.device)  # of the augmentation
-    tally = torch.zeros(4, device=args.device)  # this epoch's sums: loss, errors, images, signals
-    first_epoch, position, step, rows, earlier, confusion = 0, 0, 0, [], 0.0, None
+    tally = torch.zeros(3, device=args.device)  # this epoch's sums: loss, errors, images
+    first_epoch, position, step, rows, seconds, confusion = 0, 0, 0, [], 0.0, None
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         tally.copy_(checkpoint["tally"])
-        first_epoch, position, step, rows, earlier = (
+        first_epoch, position, step, rows, seconds = (
             checkpoint[k] for k in ("epoch", "position", "step", "rows", "seconds"))
-    start = shown = saved = time.time()
+    shown = saved = time.time()
+    start = saved - seconds  # of the run, as if it had never been stopped
     clock = None  # time and step after the first step here, which compiles
 
     def save(epoch, position):
         state = dict(settings=settings_of(args), model=net.state_dict(),
                      optimizer=optimizer.state_dict(), tally=tally, epoch=epoch,
-                     position=position, step=step, rows=rows,
-                     seconds=earlier + time.time() - start)
+                     position=position, step=step, rows=rows, seconds=time.time() - start)
         write(path, lambda aside: torch.save(state, aside))
 
     save(first_epoch, position)  # a folder that cannot be written shows now
@@ -311,9 +314,8 @@ def train(net, fit, held_out, args, checkpoint, signals):
             logits = predict(model, images, args)
             loss = F.cross_entropy(logits, labels)
             loss.backward()
-            try:
-                nn.utils.clip_grad_norm_(net.parameters(), CLIP, error_if_nonfinite=True)
-            except RuntimeError:  # before it reaches the weights
+            norm = nn.utils.clip_grad_norm_(net.parameters(), CLIP)
+            if not norm.isfinite():  # stop before it reaches the weights
                 fail(f"step {step + 1}: the loss is {loss.item()}, its gradient not finite; what "
                      f"is saved in {args.out} is from before")
             optimizer.step()
@@ -322,7 +324,7 @@ def train(net, fit, held_out, args, checkpoint, signals):
             sums = loss.new_tensor([loss.item() * len(labels), wrong, len(labels), len(signals)])
             if WORLD > 1:  # a signal to one process stops all, after the same step
                 dist.all_reduce(sums)
-            tally += sums
+            tally += sums[:3]
             clock = clock or (time.time(), step)
             if step > clock[1] and (at + size == usable or time.time() - shown > SHOW_SECONDS):
                 shown = time.time()
@@ -331,9 +333,9 @@ def train(net, fit, held_out, args, checkpoint, signals):
                 print(f"epoch {epoch + 1}/{args.epochs}  {rate:.0f} images/s  loss "
                       f"{tally[0] / tally[2]:.4f}  training error {100 * tally[1] / tally[2]:.2f} %"
                       f"  {left / 60:.0f} min left", flush=True)
-            stop = tally[3] > 0
+            stop = sums[3] > 0
             if stop or time.time() - saved > SAVE_SECONDS:
-                tally[3], saved = 0, time.time()
+                saved = time.time()
                 save(epoch, at + size)
             if stop:
                 print(f"\nsaved; to continue: python train.py --resume {path}")
@@ -344,7 +346,7 @@ def train(net, fit, held_out, args, checkpoint, signals):
             confusion = evaluate(net, held_out, args)
             row["validation_error"] = error_of(confusion)
             print(f"validation error {row['validation_error']:.2f} %", flush=True)
-        rows.append({**row, "seconds": round(earlier + time.time() - start, 1)})
+        rows.append({**row, "seconds": round(time.time() - start, 1)})
         position = 0
         tally.zero_()
         # Before the checkpoint: a run that is killed between the two repeats this epoch.
@@ -383,8 +385,8 @@ def main(argv=None):
         return show(evaluate(net, held_out, args), classes, name)
 
     fresh = (f"runs/{args.dataset}-{args.routing}-{n}" for n in count(1))
-    out = args.out = Path(os.path.dirname(args.resume) if args.resume else
-                          args.out or next(path for path in fresh if not os.path.exists(path)))
+    out = args.out = Path(args.resume).parent if args.resume else Path(
+        args.out or next(path for path in fresh if not os.path.exists(path)))
     if not args.resume and (out / "checkpoint.pt").exists():
         fail(f"--out {out}: holds a run already; --resume {out / 'checkpoint.pt'} continues it")
     print(f"{args.routing} routing on {args.dataset}: {len(fit.labels)} training images, "
