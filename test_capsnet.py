@@ -847,7 +847,9 @@ def test_validation_never_touches_the_test_set_until_weights_are_scored(
     assert len(scored) == 1 and torch.equal(scored[0].labels, official.labels[22:])
     output = capsys.readouterr().out
     assert "validation error" in output and "test error" not in output
-    assert "holds out 11" in fails(["--resume", str(out / "checkpoint.pt"), "--validate", "10"])
+    resume = ["--resume", str(out / "checkpoint.pt")]
+    assert "holds out 11" in fails([*resume, "--validate", "10"])
+    assert "where it is" in fails([*resume, "--out", str(tmp_path / "other")])
     train.main(["--eval", str(out / "weights.pt"), "--no-amp", *small_mnist[:5]])
     assert torch.equal(scored[1].images, test.images) and "test error" in capsys.readouterr().out
 

@@ -74,7 +74,7 @@ def parse(argv=None):
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     add("--dataset", choices=data.SPECS, default="toys", help="toys need no download")
-    add("--cameras", type=int, default=1, help="of smallnorb, as channels: 1 or 2")
+    add("--cameras", type=int, choices=(1, 2), default=1, help="of smallnorb, as channels")
     add("--routing", choices=ROUTINGS, default="similarity", help="the routing procedure")
     add("--iterations", type=at_least(0), help="if not the routing's own; 0 is the mean vote")
     add("--option", type=assignment, metavar="NAME=VALUE", action="append", default=[],
@@ -104,6 +104,8 @@ def parse(argv=None):
         if args.eval:  # the test set, unless this command line says otherwise
             parser.set_defaults(validate=None)
         args = parser.parse_args(argv)
+        if args.resume and args.out:
+            fail(f"--out {args.out}: {args.resume} goes on in the folder where it is")
         if args.resume and args.validate != checkpoint["settings"]["validate"]:
             fail(f"--validate {args.validate}: {args.resume} holds out "
                  f"{checkpoint['settings']['validate']}")
