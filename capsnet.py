@@ -39,8 +39,8 @@ Where this departs from the paper, or chooses what the paper leaves open
     * The author starts at lambda1 = 12, lambda2 = 1 and a small theta_1, where C stays uniform and
       the class logits of all images nearly equal. The initial values here come from earlier,
       short trials on one held-out training toy. Some of his versions have a ReLU on primary poses.
-    * Connectionist routing starts with larger weights than PyTorch's: with those, its class logits
-      differ by 5e-5 between images, and 700 images later it had learned nothing.
+    * Connectionist routing starts with larger weights than PyTorch's: with those, what differs
+      between its class logits varies by 5e-5 over images, and after 700 it had learned nothing.
 """
 
 import math
@@ -56,9 +56,10 @@ from torch import Tensor, nn
 def compute_votes(pose: Tensor, weight: Tensor) -> Tensor:
     """Eq. 1: v_ij = (W_ij / ||W_ij||_F) M_i.
 
-    pose (..., I, P, P), weight (I, O, P, P) -> votes (..., O, I, D). Finite at weight = 0.
+    pose (..., I, P, P), weight (I, O, P, P) -> votes (..., O, I, D). Finite, with its gradient, at
+    weight = 0.
     """
-    weight = F.normalize(weight, dim=(-2, -1), eps=1e-6)
+    weight = F.normalize(weight.contiguous(), dim=(-2, -1), eps=1e-6)  # it may be channels_last
     # The entries of W M are W (x) 1 times those of M. More to multiply, but what takes the time is
     # to move the votes, here in rows of D instead of P: with similarity routing a training step on
     # a CPU is 1.3 times as fast, inference 1.7 times.
@@ -80,10 +81,12 @@ class Routing(nn.Module):
     (out_channels, pose_size, **options).
 
     forward(votes (..., O, I, D), log_a (..., I)) -> pose (..., O, D), logit (..., O), C (..., O, I)
+        log_a is finite: an absent input has one of -1e8, say, not -inf.
         fields: (children (L, I), number of inputs): which input is in which slot; then the last
             leading dimension is L. Only EM and dynamic routing, whose output positions compete for
             the inputs that they share, look at it.
-    iterations=0 is the mean vote; the logits of EM and connectionist routing are then constant.
+    iterations=0 is the mean vote, in dynamic routing not squashed; the logits of EM and
+        connectionist routing are then constant.
 
         routing = SimilarityRouting(out_channels=16)
         mu, logit, c = routing(torch.randn(2, 16, 72, 16), torch.zeros(2, 72))
@@ -111,12 +114,14 @@ class Routing(nn.Module):
 
     def compatibility(self, mu, votes, log_a, c, state):
         """(..., O, D), (..., O, I, D), (..., 1, I), (..., O, I), S -> C (..., O, I), S."""
+        raise NotImplementedError
 
     def pose(self, mu, votes, c):
         return update_pose(c, votes)
 
     def activation(self, mu, votes, log_a, c, state):
         """The same arguments -> logit (..., O)."""
+        raise NotImplementedError
 
 
 # ------------------------------------------------------------------- Section 4.1: similarity
@@ -153,12 +158,14 @@ def squared_distance(pose: Tensor, votes: Tensor) -> Tensor:
 class SimilarityRouting(Routing):
     """Section 4.1: routing minimises, in turns, an objective (Eq. 2) whose parameters are learned.
 
-    num_kernels: Q of Eq. 15, shared by the channels; their widths start spread over `widths`.
-    lambda1, lambda2, theta1: initial values, then one of each per output channel. The gain theta_1
-        must be large, since logits need room and k lies in (0, 1].
+    num_kernels: Q of Eq. 15, shared by the channels; their widths start spread over `widths`, a
+        single one at the first.
+    lambda1, lambda2 (positive), theta1: initial values, then one of each per output channel. The
+        gain theta_1 must be large, since logits need room and k lies in (0, 1].
     mean_shift: replaces the paper's pose, sum c_i v_i, by sum c_i g_i v_i / sum c_i g_i with
         g_i = -dk/d(||mu - v_i||^2), which never raises the objective (k is convex in the squared
-        distance: minorise-maximise). In logarithms: the ratio stays exact where all g_i underflow.
+        distance: minorise-maximise). C is then not the share in the pose. In logarithms: the ratio
+        stays exact where all g_i underflow.
     """
 
     def __init__(self, out_channels, pose_size=4, iterations=3, num_kernels=4, widths=(0.1, 1.0),
@@ -220,7 +227,7 @@ class ConnectionistRouting(Routing):
         super().__init__(iterations)
         entries = pose_size**2
         self.cell = nn.LSTMCell(2 * entries + 2, hidden_size)
-        with torch.no_grad():  # expects entries near 1; those of votes and poses are near 1/8
+        with torch.no_grad():  # it expects entries near 1; here they are 1/8 or less
             self.cell.weight_ih[:, : 2 * entries] *= math.sqrt(entries)
         self.phi = mlp(hidden_size, *phi, 1)
         self.psi = mlp(hidden_size, *psi, 1)
@@ -236,7 +243,7 @@ class ConnectionistRouting(Routing):
         return self.phi(h).view_as(c).softmax(-1), (h, s)
 
     def activation(self, mu, votes, log_a, c, state):
-        return self.psi(update_pose(c, state[1].view(*c.shape, -1))).flatten(-2)
+        return self.psi(update_pose(c, state[1].unflatten(0, c.shape))).flatten(-2)
 
 
 # ---------------------------------------------------- the procedures that the paper compares with
@@ -362,7 +369,7 @@ class ConvCaps(nn.Module):
     pose (B, C, *grid, P, P), logit (B, C, *grid)
         -> pose (B, O, *out, P, P), logit (B, O, *out), compatibility (B, O, *out, I)
     The inputs I go channel by channel, in each the cells of the kernel row by row.
-    ValueError if the number of channels is not in_channels, or the grid is smaller than the kernel.
+    ValueError if pose and logit do not have these shapes, or the grid is smaller than the kernel.
 
         layer = ConvCaps(8, 16, kernel_size=3, stride=2, routing=SimilarityRouting(16))
         pose, logit, c = layer(torch.randn(2, 8, 14, 14, 4, 4), torch.randn(2, 8, 14, 14))
@@ -381,13 +388,18 @@ class ConvCaps(nn.Module):
 
     def forward(self, pose, logit):
         channels, *grid = logit.shape[1:]
-        if channels != self.in_channels or any(n < k for n, k in zip(grid, self.kernel_size)):
-            raise ValueError(f"capsules (channels, *grid) {(channels, *grid)}: expected "
-                             f"{self.in_channels} channels, a grid of {self.kernel_size} or more")
+        matrix = self.weight.shape[-2:]
+        if (channels != self.in_channels or pose.shape != logit.shape + matrix
+                or len(grid) != len(self.kernel_size)
+                or any(n < k for n, k in zip(grid, self.kernel_size))):
+            raise ValueError(f"pose {tuple(pose.shape)}, logit {tuple(logit.shape)}: expected "
+                             f"{self.in_channels} channels, a grid of {self.kernel_size} or more, "
+                             f"and {tuple(matrix)} after the logit's shape in the pose's")
         pose = F.normalize(pose, dim=(-2, -1), eps=1e-6)
         if self.routing.length_is_activation:
             pose = pose * logit.sigmoid()[..., None, None]
-        index = torch.arange(logit[0].numel(), device=logit.device).view_as(logit[0])
+        num_inputs = math.prod(logit.shape[1:])
+        index = torch.arange(num_inputs, device=logit.device).view(logit.shape[1:])
         for axis, (k, s) in enumerate(zip(self.kernel_size, self.stride), start=1):
             index = index.unfold(axis, k, s)  # in the end (C, *out, *kernel)
         index = index.movedim(0, len(grid)).flatten(len(grid))  # (*out, I)
@@ -396,8 +408,8 @@ class ConvCaps(nn.Module):
         log_a = F.logsigmoid(logit).flatten(1)[:, children]  # (B, L, I)
         votes = compute_votes(pose, self.weight)  # (B, L, O, I, D)
         with torch.autocast(votes.device.type, enabled=False):  # bfloat16's 8 bits are too few
-            exact = torch.promote_types(votes.dtype, torch.float32)
-            routed = self.routing(votes.to(exact), log_a.to(exact), (children, logit[0].numel()))
+            exact = self.weight.dtype
+            routed = self.routing(votes.to(exact), log_a.to(exact), (children, num_inputs))
         mu, logit, c = (x.transpose(1, 2).unflatten(2, index.shape[:-1]) for x in routed)
         return mu.unflatten(-1, pose.shape[-2:]), logit, c
 

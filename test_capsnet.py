@@ -424,10 +424,14 @@ def test_image_shapes(shape):
 
 
 @every_network
-def test_batch_of_one_equals_the_same_image_in_a_batch(name):
+def test_batch_of_one_or_none_equals_the_same_images_in_a_batch(name):
     net, images = tiny_net(name).double(), rand(3, 1, 17, 19)
     poses, logits = net(images)
     torch.testing.assert_close(net(images[1:2]), (poses[1:2], logits[1:2]))
+    torch.testing.assert_close(net(images[:0]), (poses[:0], logits[:0]))
+    net.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(net(images), (poses, logits))
+    assert net.bfloat16()(images.bfloat16())[1].isfinite().all()
     assert logits.dtype == torch.float64 and logits.std(0).min() > 1e-9
 
 
@@ -448,8 +452,10 @@ def test_black_images_and_one_class_give_finite_gradients_and_every_parameter_ge
     (lambda: CapsNet((1, 32, 32), 5, "magic"), "'magic'.*similarity.*connectionist.*em.*dynamic"),
     (lambda: tiny_net("em")(torch.zeros(2, 1, 17, 18)), r"\(2, 1, 17, 18\).*\(1, 17, 19\)"),
     (lambda: tiny_net("em")(torch.zeros(1, 17, 19)), r"\(1, 17, 19\).*\(B, .*1, 17, 19"),
-    (lambda: small_layer("em")(rand(1, 3, 5, 2, 2), rand(1, 3, 5)), r"\(3, 5\).*expected 2"),
-    (lambda: small_layer("em")(rand(1, 2, 2, 2, 2), rand(1, 2, 2)), r"\(2, 2\).*a grid of \(3,\)"),
+    (lambda: small_layer("em")(rand(1, 3, 5, 2, 2), rand(1, 3, 5)), r"3, 5\).*expected 2 channels"),
+    (lambda: small_layer("em")(rand(1, 2, 2, 2, 2), rand(1, 2, 2)), r"2, 2\).*a grid of \(3,\)"),
+    (lambda: small_layer("em")(rand(1, 2, 6, 2, 2), rand(1, 2, 5)), r"2, 6, .*2, 5\): expected"),
+    (lambda: small_layer("em")(rand(1, 2, 5, 5, 2, 2), rand(1, 2, 5, 5)), r"a grid of \(3,\)"),
 ])
 def test_wrong_sizes_and_names_raise_one_informative_line(call, words):
     with pytest.raises(ValueError, match=words) as error:
