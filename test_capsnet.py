@@ -812,6 +812,7 @@ def test_files_that_are_no_weights_are_refused_and_run_nothing(small_mnist, tmp_
         Path("weights.pt").write_bytes(content)
         for option in "--eval", "--resume":
             assert "weights.pt: not a checkpoint of this program" in fails([option, "weights.pt"])
+            assert "absent.pt: No such file" in fails([option, "absent.pt"])
     assert not Path("harmed").exists()
 
     train.main([*small_mnist, "--epochs", "0", "--out", "run"])
@@ -819,7 +820,6 @@ def test_files_that_are_no_weights_are_refused_and_run_nothing(small_mnist, tmp_
     assert "weights of another network" in fails(
         ["--eval", "run/weights.pt", "--routing", "dynamic", *small_mnist[:5]])
     assert "weights only, expected the checkpoint.pt" in fails(["--resume", "run/weights.pt"])
-    Path("run/checkpoint.pt").touch()
     assert "holds a run already" in fails([*small_mnist, "--out", "run"])
     assert Path("run/weights.pt").read_bytes() == before
 
@@ -854,8 +854,8 @@ def test_validation_never_touches_the_test_set_until_weights_are_scored(
     output = capsys.readouterr().out
     assert "validation error" in output and "test error" not in output
     resume = ["--resume", str(out / "checkpoint.pt")]
-    assert "holds out 11" in fails([*resume, "--validate", "10"])
-    assert "where it is" in fails([*resume, "--out", str(tmp_path / "other")])
+    assert "started with 11" in fails([*resume, "--validate", "10"])
+    assert "not allowed with" in fails([*resume, "--eval", str(out / "weights.pt")])
     train.main(["--eval", str(out / "weights.pt"), "--no-amp", *small_mnist[:5]])
     assert torch.equal(scored[1].images, test.images) and "test error" in capsys.readouterr().out
 
@@ -905,7 +905,6 @@ def test_evaluate_counts_every_image_once_and_averages_probabilities_over_crops(
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--eval", "absent.pt"], "absent.pt: No such file"),
     (["--option", "lambda9=1"], "lambda9"),
     (["--option", "num_kernels=-1"], "num_kernels"),
     (["--option", "widths=[1]"], "widths"),
@@ -914,6 +913,7 @@ def test_evaluate_counts_every_image_once_and_averages_probabilities_over_crops(
     (["--option", "lambda1"], "--option: invalid assignment value: 'lambda1'"),
     (["--batch-size", "0"], "--batch-size: 0: expected 1"),
     (["--lr", "nan"], "--lr: nan: expected 0 or more"),
+    (["--seed", "4294967296"], "--seed: 4294967296: expected 0 or more, below 2147483648"),
     (["--lr", "high"], "--lr: invalid number value: 'high'"),
     (["--device", "abacus"], "--device abacus"),
     (["--cameras", "2"], "2 cameras"),
@@ -939,6 +939,10 @@ def test_learning_rate_and_epochs_follow_routing_and_data_set_unless_given(small
     groups = torch.load(tmp_path / "run" / "checkpoint.pt")["optimizer"]["param_groups"]
     # At five times the rate: lambdas and theta of three layers, and not their kernels.
     assert [(g["scale"], len(g["params"])) for g in groups] == [(1, 4 + 4 + 3 + 6), (5, 6)]
+
+
+def test_runs_that_start_together_have_a_folder_each(tmp_path):
+    assert [train.new_folder(tmp_path / "run").name for _ in range(3)] == ["run-1", "run-2", "run-3"]
 
 
 def test_a_failed_save_leaves_the_file_before_it(tmp_path):

@@ -8,6 +8,7 @@ whole. Without it all training images are used, and the test set is looked at on
 """
 
 import argparse
+import contextlib
 import ctypes
 import json
 import math
@@ -50,12 +51,12 @@ def fail(message):
 # ---------------------------------------------------------------------- options and checkpoints
 
 
-def at_least(low, kind=int):
+def at_least(low, kind=int, below=math.inf):
     """The type of an option that is a number."""
     def number(text):
         value = kind(text)
-        if not low <= value < math.inf:  # nan included
-            raise argparse.ArgumentTypeError(f"{text}: expected {low} or more")
+        if not low <= value < below:  # nan included
+            raise argparse.ArgumentTypeError(f"{text}: expected {low} or more, below {below}")
         return value
     return number
 
@@ -85,15 +86,17 @@ def parse(argv=None):
     add("--validate", type=int, metavar="INSTANCE",
         help="hold out this training instance of every class, and leave the test set alone")
     add("--crops", type=at_least(1), default=1, help="score N x N crops, 1: the central one")
-    add("--seed", type=int, default=0, help="of weights, order and augmentation")
+    add("--seed", type=at_least(0, below=2**31), default=0,
+        help="of weights, order and augmentation")
     add("--amp", action=switch, default=False, help="bfloat16 autocast")
     add("--compile", action=switch, default=compiler is not None,
         help="torch.compile the routing, on a GPU the network: faster, after a minute")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to run on")
     add("--data-dir", default="datasets", help="where the data sets are, or will be put")
-    add("--out", help="folder for the run, if not a new one in runs/")
-    add("--resume", metavar="CHECKPOINT", help="continue this run with its settings")
-    add("--eval", metavar="WEIGHTS", help="score these weights")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--out", type=Path, help="folder for the run, if not a new one in runs/")
+    add("--resume", type=Path, metavar="CHECKPOINT", help="continue this run with its settings")
+    add("--eval", type=Path, metavar="WEIGHTS", help="score these weights")
     add("--benchmark", action="store_true", help="time this routing on random images, and stop")
     args, checkpoint = parser.parse_args(argv), None
     if args.resume or args.eval:
@@ -104,11 +107,9 @@ def parse(argv=None):
         if args.eval:  # the test set, unless this command line says otherwise
             parser.set_defaults(validate=None)
         args = parser.parse_args(argv)
-        if args.resume and args.out:
-            fail(f"--out {args.out}: {args.resume} goes on in the folder where it is")
-        if args.resume and args.validate != checkpoint["settings"]["validate"]:
-            fail(f"--validate {args.validate}: {args.resume} holds out "
-                 f"{checkpoint['settings']['validate']}")
+        for name in ("dataset", "iterations", "option", "validate", "seed") if args.resume else ():
+            if vars(args)[name] != (old := checkpoint["settings"][name]):
+                fail(f"--{name} {vars(args)[name]}: {args.resume} was started with {old}")
     args.epochs = EPOCHS[args.dataset] if args.epochs is None else args.epochs
     args.lr = LR.get(args.routing, 3e-3) if args.lr is None else args.lr
     if args.iterations == 0 and args.routing in ("em", "connectionist"):
@@ -216,6 +217,15 @@ def show(confusion, classes, name):
     print("true, predicted".ljust(16) + "".join(c.rjust(width) for c in classes))
     for label, row in zip(classes, confusion.tolist()):
         print(label.ljust(16) + "".join(str(n).rjust(width) for n in row))
+
+
+def new_folder(stem):
+    """Make stem-1, or the first number that is free: runs that start together have one each."""
+    for n in count(1):
+        with contextlib.suppress(FileExistsError):
+            if RANK == 0:
+                os.makedirs(f"{stem}-{n}")
+            return Path(f"{stem}-{n}")
 
 
 def keep_freed_memory():
@@ -340,7 +350,8 @@ def train(net, fit, held_out, args, checkpoint, signals):
                 saved = time.time()
                 save(epoch, at + size)
             if stop:
-                print(f"\nsaved; to continue: python train.py --resume {path}")
+                print(f"\nsaved; to continue: python train.py --resume {path} "
+                      f"--data-dir {args.data_dir}")
                 sys.exit(130)
         row = dict(epoch=epoch + 1, step=step, loss=(tally[0] / tally[2]).item(),
                    training_error=(100 * tally[1] / tally[2]).item())
@@ -386,11 +397,10 @@ def main(argv=None):
     if args.eval:
         return show(evaluate(net, held_out, args), classes, name)
 
-    fresh = (f"runs/{args.dataset}-{args.routing}-{n}" for n in count(1))
-    out = args.out = Path(args.resume).parent if args.resume else Path(
-        args.out or next(path for path in fresh if not os.path.exists(path)))
-    if not args.resume and (out / "checkpoint.pt").exists():
-        fail(f"--out {out}: holds a run already; --resume {out / 'checkpoint.pt'} continues it")
+    if args.out and any((args.out / name).exists() for name in ("checkpoint.pt", "weights.pt")):
+        fail(f"--out {args.out}: holds a run already; --resume continues its checkpoint.pt")
+    out = args.out = args.resume.parent if args.resume else (
+        args.out or new_folder(f"runs/{args.dataset}-{args.routing}"))
     print(f"{args.routing} routing on {args.dataset}: {len(fit.labels)} training images, "
           f"{sum(p.numel() for p in net.parameters())} parameters, {args.device}, run in {out}"
           + ", compiling first, for up to a minute" * args.compile, flush=True)
@@ -406,7 +416,7 @@ def main(argv=None):
         confusion = evaluate(net, held_out, args)
     show(confusion, classes, name)
     result = {f"{name}_error": error_of(confusion), "seconds": rows[-1]["seconds"] if rows else 0,
-              "settings": settings_of(args), "confusion": confusion.tolist()}
+              "settings": settings_of(args), "crops": args.crops, "confusion": confusion.tolist()}
     write(out / "result.json", lambda path: path.write_text(json.dumps(result) + "\n"))
     # From the CPU, so that torch.load opens them on a machine without this device.
     weights = {"settings": settings_of(args), "model": net.cpu().state_dict()}
@@ -418,11 +428,11 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except data.DataError as error:
+    except (data.DataError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:  # before or after the training, which saves itself
         fail("interrupted")
-    if WORLD > 1:  # DistributedDataParallel leaves gloo's threads behind, and one that frees a
-        sys.stdout.flush()  # tensor while the interpreter shuts down aborts the process
+    if dist.is_initialized():  # DistributedDataParallel leaves gloo's threads behind, and one that
+        sys.stdout.flush()  # frees a tensor while the interpreter shuts down aborts the process
         dist.destroy_process_group()
         os._exit(0)
