@@ -942,7 +942,8 @@ def test_learning_rate_and_epochs_follow_routing_and_data_set_unless_given(small
 
 
 def test_runs_that_start_together_have_a_folder_each(tmp_path):
-    assert [train.new_folder(tmp_path / "run").name for _ in range(3)] == ["run-1", "run-2", "run-3"]
+    folders = [train.new_folder(tmp_path / "run") for _ in range(3)]
+    assert [folder.name for folder in folders] == ["run-1", "run-2", "run-3"]
 
 
 def test_a_failed_save_leaves_the_file_before_it(tmp_path):
