@@ -156,7 +156,7 @@ def squared_distance(pose: Tensor, votes: Tensor) -> Tensor:
 
 
 class SimilarityRouting(Routing):
-    """Section 4.1: routing minimises, in turns, an objective (Eq. 2) whose parameters are learned.
+    """Section 4.1: routing by alternation on an objective (Eq. 2) whose parameters are learned.
 
     num_kernels: Q of Eq. 15, shared by the channels; their widths start spread over `widths`, a
         single one at the first.
@@ -407,7 +407,7 @@ class ConvCaps(nn.Module):
         pose = pose.flatten(1, -3)[:, children]  # (B, L, I, P, P)
         log_a = F.logsigmoid(logit).flatten(1)[:, children]  # (B, L, I)
         votes = compute_votes(pose, self.weight)  # (B, L, O, I, D)
-        with torch.autocast(votes.device.type, enabled=False):  # bfloat16's 8 bits are too few
+        with torch.autocast(votes.device.type, enabled=False):  # its bfloat16 has too few bits
             exact = self.weight.dtype
             routed = self.routing(votes.to(exact), log_a.to(exact), (children, num_inputs))
         mu, logit, c = (x.transpose(1, 2).unflatten(2, index.shape[:-1]) for x in routed)

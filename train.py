@@ -56,7 +56,8 @@ def at_least(low, kind=int, below=math.inf):
     def number(text):
         value = kind(text)
         if not low <= value < below:  # nan included
-            raise argparse.ArgumentTypeError(f"{text}: expected {low} or more, below {below}")
+            raise argparse.ArgumentTypeError(
+                f"{text}: expected {low} or more" + f", below {below}" * (below < math.inf))
         return value
     return number
 
