@@ -18,7 +18,7 @@ Glossary (EM paper: Hinton et al., ICLR 2018; dynamic paper: Sabour et al., Neur
     similarity, k     k(mu, v)    Eq. 15   a mixture of Gaussians of the distance
     lambda1, lambda2              Eq. 2    weights of the two penalties of the objective
     theta             theta_1..3  Eq. 13   of the activation
-    phi, psi                      Alg. 2   the two small networks of connectionist routing
+    phi, psi           Alg. 2, Eq. 14      the two small networks of connectionist routing
 
 Axes, the same letters everywhere
 
@@ -36,11 +36,11 @@ Where this departs from the paper, or chooses what the paper leaves open
     * No coordinates are added to poses. The author adds three: the output position's, and one of
       the slot in its field. Without any, similarity routing recognised new toys better.
     * lambda1, lambda2 and the kernel widths are learned as logarithms, so they stay positive.
-    * The author starts at lambda1 = 12, lambda2 = 1 and a small theta_1, where C stays uniform and
-      the class logits of all images nearly equal. The initial values here come from earlier,
-      short trials on one held-out training toy. Some of his versions have a ReLU on primary poses.
-    * Connectionist routing starts with larger weights than PyTorch's: with those, what differs
-      between its class logits varies by 5e-5 over images, and after 700 it had learned nothing.
+    * The author starts at lambda1 = 12, lambda2 = 1 and a small theta_1, where c stays uniform and
+      the class logits of all images nearly equal. Some of his versions have a ReLU on the primary
+      poses.
+    * Connectionist routing starts with larger weights than PyTorch's, with which its class logits
+      hardly differ between images.
 """
 
 import math
@@ -60,9 +60,8 @@ def compute_votes(pose: Tensor, weight: Tensor) -> Tensor:
     weight = 0.
     """
     weight = F.normalize(weight.contiguous(), dim=(-2, -1), eps=1e-6)  # it may be channels_last
-    # The entries of W M are W (x) 1 times those of M. More to multiply, but what takes the time is
-    # to move the votes, here in rows of D instead of P: with similarity routing and 4x4 poses a
-    # training step on a CPU is 1.2 times as fast, inference 1.5 times.
+    # The D entries of W M as one product: those of W (x) 1 times those of M. With 4x4 poses a
+    # training step on a CPU is 1.2 times as fast as with W itself, inference 1.5 times.
     one = torch.eye(pose.shape[-1], dtype=weight.dtype, device=weight.device)
     matrix = torch.kron(weight, one)  # (I, O, D, D)
     return torch.einsum("ioed,...id->...oie", matrix, pose.flatten(-2)).contiguous()
@@ -80,7 +79,7 @@ class Routing(nn.Module):
     what it carries from one call to the next, S in the paper. `CapsNet` constructs it as
     (out_channels, pose_size, **options).
 
-    forward(votes (..., O, I, D), log_a (..., I)) -> pose (..., O, D), logit (..., O), C (..., O, I)
+    forward(votes (..., O, I, D), log_a (..., I)) -> pose (..., O, D), logit (..., O), c (..., O, I)
         log_a is finite: an absent input has one of -1e8, say, not -inf.
         fields: (children (L, I), number of inputs): which input is in which slot; then the last
             leading dimension is L. Only EM and dynamic routing, whose output positions compete for
@@ -113,7 +112,7 @@ class Routing(nn.Module):
         return None
 
     def compatibility(self, mu, votes, log_a, c, state):
-        """(..., O, D), (..., O, I, D), (..., 1, I), (..., O, I), S -> C (..., O, I), S."""
+        """(..., O, D), (..., O, I, D), (..., 1, I), (..., O, I), S -> c (..., O, I), S."""
         raise NotImplementedError
 
     def pose(self, mu, votes, c):
@@ -164,7 +163,7 @@ class SimilarityRouting(Routing):
         gain theta_1 must be large, since logits need room and k lies in (0, 1].
     mean_shift: replaces the paper's pose, sum c_i v_i, by sum c_i g_i v_i / sum c_i g_i with
         g_i = -dk/d(||mu - v_i||^2), which never raises the objective (k is convex in the squared
-        distance: minorise-maximise). C is then not the share in the pose. In logarithms: the ratio
+        distance: minorise-maximise). c is then not the share in the pose. In logarithms: the ratio
         stays exact where all g_i underflow.
     """
 
@@ -195,7 +194,8 @@ class SimilarityRouting(Routing):
             d2 = squared_distance(mu, votes).unsqueeze(-1)
             log_w = self.kernel_logit.log_softmax(0) - 2 * self.log_width
             log_g = (log_w - 0.5 * d2 * (-2 * self.log_width).exp()).logsumexp(-1)
-            c = (c.clamp_min(torch.finfo(c.dtype).tiny).log() + log_g).softmax(-1)
+            log_c = c.clamp_min(torch.finfo(c.dtype).tiny).log().masked_fill(c == 0, -math.inf)
+            c = (log_c + log_g).softmax(-1)
         return update_pose(c, votes)
 
     def activation(self, mu, votes, log_a, c, state):
@@ -208,7 +208,7 @@ class SimilarityRouting(Routing):
 
 
 def mlp(*sizes: int) -> nn.Sequential:
-    """Linear layers with ReLU between them, that neither amplify nor fade their input at first."""
+    """Linear layers with ReLU between them, in He initialisation."""
     layers = [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o), nn.ReLU())]
     for linear in layers[::2]:
         nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
@@ -227,7 +227,7 @@ class ConnectionistRouting(Routing):
         super().__init__(iterations)
         entries = pose_size**2
         self.cell = nn.LSTMCell(2 * entries + 2, hidden_size)
-        with torch.no_grad():  # it expects entries near 1; here they are 1/8 or less
+        with torch.no_grad():  # it expects entries near 1; here they are about 1/8
             self.cell.weight_ih[:, : 2 * entries] *= math.sqrt(entries)
         self.phi = mlp(hidden_size, *phi, 1)
         self.psi = mlp(hidden_size, *psi, 1)
@@ -365,6 +365,7 @@ class ConvCaps(nn.Module):
     """Convolutional capsules in 1, 2 or 3 dimensions, without padding.
 
     kernel_size, stride: a number, or one for each spatial dimension.
+    routing: a `Routing` for as many out_channels.
 
     pose (B, C, *grid, P, P), logit (B, C, *grid)
         -> pose (B, O, *out, P, P), logit (B, O, *out), compatibility (B, O, *out, I)
@@ -382,6 +383,9 @@ class ConvCaps(nn.Module):
         self.in_channels, self.routing = in_channels, routing
         self.kernel_size, self.stride = (
             (n,) * spatial_dims if isinstance(n, int) else tuple(n) for n in (kernel_size, stride))
+        if {len(self.kernel_size), len(self.stride)} != {spatial_dims}:
+            raise ValueError(f"kernel_size {kernel_size}, stride {stride}: expected numbers or "
+                             f"{spatial_dims} of them, one for each of spatial_dims")
         inputs = in_channels * math.prod(self.kernel_size)
         noise = torch.empty(inputs, out_channels, pose_size, pose_size).uniform_(-0.1, 0.1)
         self.weight = nn.Parameter(torch.eye(pose_size) + noise)  # the author's initial values
@@ -400,8 +404,8 @@ class ConvCaps(nn.Module):
             pose = pose * logit.sigmoid()[..., None, None]
         num_inputs = math.prod(logit.shape[1:])
         index = torch.arange(num_inputs, device=logit.device).view(logit.shape[1:])
-        for axis, (k, s) in enumerate(zip(self.kernel_size, self.stride), start=1):
-            index = index.unfold(axis, k, s)  # in the end (C, *out, *kernel)
+        for axis, (size, step) in enumerate(zip(self.kernel_size, self.stride), start=1):
+            index = index.unfold(axis, size, step)  # in the end (C, *out, *kernel)
         index = index.movedim(0, len(grid)).flatten(len(grid))  # (*out, I)
         children = index.flatten(0, -2)  # (L, I): the inputs that each output position sees
         pose = pose.flatten(1, -3)[:, children]  # (B, L, I, P, P)
@@ -433,8 +437,8 @@ class CapsNet(nn.Module):
     channels: of the convolution and of the three capsule layers below the classes.
 
     forward(images (B, *image_shape)) -> poses (B, num_classes, P, P), logits (B, num_classes)
-    ValueError if image_shape is too small for the kernels, routing or the number of channels is
-    not one of these, or the images have another shape.
+    ValueError if image_shape is too small for the kernels, routing is not one of ROUTINGS, channels
+    are not four, or the images have another shape.
     """
 
     def __init__(self, image_shape, num_classes, routing="similarity", channels=(64, 8, 16, 16),

@@ -66,7 +66,7 @@ def standardise(images):
     """
     pixels = images.float()
     # Sums of so few integers are exact in float32, and so a constant image gives exact zeros.
-    pixels = pixels - pixels.sum((1, 2, 3), keepdim=True) / pixels[0].numel()
+    pixels = pixels - pixels.sum((1, 2, 3), keepdim=True) / pixels.shape[1:].numel()
     deviation = pixels.square().mean((1, 2, 3), keepdim=True).sqrt()
     return pixels / deviation.clamp_min(1e-3)  # of one level in one pixel: above 1e-2
 

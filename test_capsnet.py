@@ -283,6 +283,14 @@ def test_mean_shift_never_raises_the_objective_even_where_every_gaussian_underfl
     assert (js[-1] < js[0] - 0.1).any()
 
 
+def test_mean_shift_gives_an_absent_input_no_share():
+    """However near the mean it votes, and far from all others for so narrow a kernel."""
+    routing = cn.SimilarityRouting(1, widths=(0.07, 0.07), iterations=1, mean_shift=True)
+    votes = torch.tensor([1.0, -1.0, 0.05]).view(1, 3, 1)
+    mu, logit, c = routing(votes, torch.tensor([0.0, 0.0, -1e8]))
+    assert c[0, 2] == 0 and mu.item() == pytest.approx(0.998, abs=1e-3)
+
+
 @torch.no_grad()
 def test_the_papers_mean_can_raise_the_objective_where_mean_shift_lowers_it():
     """Three votes agree; the outlier's activation drags the mean away from all four."""
@@ -456,6 +464,7 @@ def test_black_images_and_one_class_give_finite_gradients_and_every_parameter_ge
     (lambda: small_layer("em")(rand(1, 2, 2, 2, 2), rand(1, 2, 2)), r"2, 2\).*a grid of \(3,\)"),
     (lambda: small_layer("em")(rand(1, 2, 6, 2, 2), rand(1, 2, 5)), r"2, 6, .*2, 5\): expected"),
     (lambda: small_layer("em")(rand(1, 2, 5, 5, 2, 2), rand(1, 2, 5, 5)), r"a grid of \(3,\)"),
+    (lambda: small_layer("em", kernel=(3, 3)), r"kernel_size \(3, 3\), stride 1: .* 1 of them"),
 ])
 def test_wrong_sizes_and_names_raise_one_informative_line(call, words):
     with pytest.raises(ValueError, match=words) as error:
@@ -759,6 +768,7 @@ def metrics(folder):
 def test_a_stopped_and_resumed_run_repeats_the_uninterrupted_one(
         number, small_mnist, tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
+    small_mnist += ["--option", "num_kernels=3"]
     train.main([*small_mnist, "--epochs", "3", "--out", str(whole)])
     assert "test error" in capsys.readouterr().out
     command = [sys.executable, train.__file__, *small_mnist, "--epochs", "3", "--out", str(cut)]
@@ -772,7 +782,7 @@ def test_a_stopped_and_resumed_run_repeats_the_uninterrupted_one(
     assert not (cut / "weights.pt").exists()
     assert 6 <= torch.load(cut / "checkpoint.pt", weights_only=True)["step"] < 18
 
-    train.main(["--resume", str(cut / "checkpoint.pt"), *small_mnist[:5]])
+    train.main(["--resume", str(cut / "checkpoint.pt"), *small_mnist])
     first, second = (torch.load(p / "weights.pt", weights_only=True)["model"] for p in (whole, cut))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert metrics(whole) == metrics(cut) and len(metrics(cut)) == 3
@@ -879,7 +889,8 @@ def test_two_processes_train_as_one_and_only_the_first_writes(small_mnist, tmp_p
         assert float(other["loss"]) == pytest.approx(float(row["loss"]), rel=0.2)
     files = ["checkpoint.pt", "metrics.csv", "result.json", "weights.pt"]
     assert sorted(os.listdir(tmp_path / "two")) == files
-    train.main(["--eval", str(tmp_path / "two" / "weights.pt"), *small_mnist[:5]])  # by one
+    train.main(["--eval", str(tmp_path / "two" / "weights.pt"), *small_mnist[:5]])
+    assert capsys.readouterr().out in run.stdout  # one process finds what the two found
     assert "--batch-size 3: expected a multiple of the 2" in torchrun("--batch-size", "3").stderr
 
 
@@ -913,7 +924,6 @@ def test_evaluate_counts_every_image_once_and_averages_probabilities_over_crops(
     (["--option", "lambda1"], "--option: invalid assignment value: 'lambda1'"),
     (["--batch-size", "0"], "--batch-size: 0: expected 1"),
     (["--lr", "nan"], "--lr: nan: expected 0 or more"),
-    (["--seed", "4294967296"], "--seed: 4294967296: expected 0 or more, below 2147483648"),
     (["--lr", "high"], "--lr: invalid number value: 'high'"),
     (["--device", "abacus"], "--device abacus"),
     (["--cameras", "2"], "2 cameras"),
@@ -939,6 +949,15 @@ def test_learning_rate_and_epochs_follow_routing_and_data_set_unless_given(small
     groups = torch.load(tmp_path / "run" / "checkpoint.pt")["optimizer"]["param_groups"]
     # At five times the rate: lambdas and theta of three layers, and not their kernels.
     assert [(g["scale"], len(g["params"])) for g in groups] == [(1, 4 + 4 + 3 + 6), (5, 6)]
+
+
+def test_seeds_differ_in_augmentation_too(small_mnist, tmp_path, monkeypatch):
+    drawn, augment = [], data.augment
+    monkeypatch.setattr(data, "augment", lambda images, spec, noise: (
+        drawn.append(torch.rand(1, generator=noise).item()), augment(images, spec, noise))[1])
+    for seed in "0", "1":
+        train.main([*small_mnist, "--epochs", "1", "--seed", seed, "--out", str(tmp_path / seed)])
+    assert len(drawn) == len({*drawn}) == 12
 
 
 def test_runs_that_start_together_have_a_folder_each(tmp_path):

@@ -51,13 +51,11 @@ def fail(message):
 # ---------------------------------------------------------------------- options and checkpoints
 
 
-def at_least(low, kind=int, below=math.inf):
+def at_least(low, kind=int):
     """The type of an option that is a number."""
     def number(text):
-        value = kind(text)
-        if not low <= value < below:  # nan included
-            raise argparse.ArgumentTypeError(
-                f"{text}: expected {low} or more" + f", below {below}" * (below < math.inf))
+        if not low <= (value := kind(text)) < math.inf:  # nan included
+            raise argparse.ArgumentTypeError(f"{text}: expected {low} or more")
         return value
     return number
 
@@ -87,8 +85,7 @@ def parse(argv=None):
     add("--validate", type=int, metavar="INSTANCE",
         help="hold out this training instance of every class, and leave the test set alone")
     add("--crops", type=at_least(1), default=1, help="score N x N crops, 1: the central one")
-    add("--seed", type=at_least(0, below=2**31), default=0,
-        help="of weights, order and augmentation")
+    add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation")
     add("--amp", action=switch, default=False, help="bfloat16 autocast")
     add("--compile", action=switch, default=compiler is not None,
         help="torch.compile the routing, on a GPU the network: faster, after a minute")
@@ -108,6 +105,7 @@ def parse(argv=None):
         if args.eval:  # the test set, unless this command line says otherwise
             parser.set_defaults(validate=None)
         args = parser.parse_args(argv)
+        args.option = [*dict(args.option).items()]  # the checkpoint's, and those given again
         for name in ("dataset", "iterations", "option", "validate", "seed") if args.resume else ():
             if vars(args)[name] != (old := checkpoint["settings"][name]):
                 fail(f"--{name} {vars(args)[name]}: {args.resume} was started with {old}")
@@ -193,6 +191,8 @@ def evaluate(net, dataset, args):
     spec = data.SPECS[args.dataset]
     n = len(spec.classes)
     confusion = torch.zeros(n * n, dtype=torch.int64, device=args.device)
+    for buffer in net.buffers() if WORLD > 1 else ():  # batch statistics: as they will be saved
+        dist.broadcast(buffer, 0)
     net.eval()
     for images, labels in zip(*(part[RANK::WORLD].split(EVAL_BATCH) for part in dataset[:2])):
         crops = data.crops(data.standardise(images), spec.crop, args.crops)
@@ -311,14 +311,14 @@ def train(net, fit, held_out, args, checkpoint, signals):
     save(first_epoch, position)  # a folder that cannot be written shows now
 
     for epoch in range(first_epoch, args.epochs):
-        generator = torch.Generator().manual_seed(1000 * args.seed + epoch)
+        generator = torch.Generator().manual_seed((1000 * args.seed + epoch) % 2**32)
         order = torch.randperm(len(fit.labels), generator=generator).to(args.device)
         net.train()
         for at in range(position, usable, size):
             done = (epoch + at / usable) / args.epochs
             for group in optimizer.param_groups:  # a short rise, then a straight line to zero
                 group["lr"] = args.lr * group["scale"] * min(1, (step + 1) / WARMUP) * (1 - done)
-            noise.manual_seed((args.seed << 32) + step)
+            noise.manual_seed((1_000_003 * args.seed + step) % 2**32)  # a CPU uses no more bits
             batch = order[at:at + size]
             images = data.augment(data.standardise(fit.images[batch]), spec, noise)
             # All processes augment the whole batch, so their number does not change the images.
