@@ -60,8 +60,8 @@ def compute_votes(pose: Tensor, weight: Tensor) -> Tensor:
     weight = 0.
     """
     weight = F.normalize(weight.contiguous(), dim=(-2, -1), eps=1e-6)  # it may be channels_last
-    # The D entries of W M as one product: those of W (x) 1 times those of M. With 4x4 poses a
-    # training step on a CPU is 1.2 times as fast as with W itself, inference 1.5 times.
+    # vec(W M) = (W (x) 1) vec(M), rows first: with 4x4 poses a training step on a CPU is 1.2 times
+    # as fast as with W itself, inference 1.5 times.
     one = torch.eye(pose.shape[-1], dtype=weight.dtype, device=weight.device)
     matrix = torch.kron(weight, one)  # (I, O, D, D)
     return torch.einsum("ioed,...id->...oie", matrix, pose.flatten(-2)).contiguous()
@@ -130,7 +130,7 @@ def routing_objective(similarity, compatibility, log_a, lambda1, lambda2) -> Ten
     """Eq. 2: J = -sum c k + lambda1 sum c log(c N) + lambda2 sum c log(c / a).
 
     similarity, compatibility, log_a (..., I) -> (...). Alternating minimisation is the routing:
-    over C by Eq. 11, over mu by Eq. 4, which is exact for k = -||mu - v||^2 (for others, see
+    over c by Eq. 11, over mu by Eq. 4, which is exact for k = -||mu - v||^2 (for others, see
     mean_shift in `SimilarityRouting`).
     """
     c, n = compatibility, compatibility.shape[-1]
@@ -140,7 +140,7 @@ def routing_objective(similarity, compatibility, log_a, lambda1, lambda2) -> Ten
 
 
 def update_compatibility(similarity: Tensor, log_a: Tensor, lambda1, lambda2) -> Tensor:
-    """Eq. 11: the C that minimises `routing_objective` for fixed poses.
+    """Eq. 11: the c that minimises `routing_objective` for fixed poses.
 
     similarity (..., I), log_a (..., I) -> (..., I); the lambdas broadcast against these.
     Softmax over the last axis, the *input* capsules: every output capsule spreads one unit of
@@ -270,7 +270,7 @@ def log_softmax_over_parents(logits: Tensor, fields) -> Tensor:
 class EMRouting(Routing):
     """EM routing (EM paper): votes cluster around Gaussians, one for each output capsule.
 
-    r_ij = R_ij a_i is the weight of vote i in cluster j, and C = r / sum_i r, so that the pose of
+    r_ij = R_ij a_i is the weight of vote i in cluster j, and c = r / sum_i r, so that the pose of
     Algorithm 1 is the M-step's mean. R is normalised over all parents of a child.
     The activation's lambda is inverse_temperature * (1 - 0.95^(t+1)) in iteration t = 0, 1, ...
     With 3 iterations this network fits smallNORB far worse, with 0.01 in 0.03's place somewhat.
@@ -384,8 +384,8 @@ class ConvCaps(nn.Module):
         self.kernel_size, self.stride = (
             (n,) * spatial_dims if isinstance(n, int) else tuple(n) for n in (kernel_size, stride))
         if {len(self.kernel_size), len(self.stride)} != {spatial_dims}:
-            raise ValueError(f"kernel_size {kernel_size}, stride {stride}: expected numbers or "
-                             f"{spatial_dims} of them, one for each of spatial_dims")
+            raise ValueError(f"kernel_size {kernel_size}, stride {stride}: expected a number, or "
+                             f"{spatial_dims} of them, as spatial_dims says")
         inputs = in_channels * math.prod(self.kernel_size)
         noise = torch.empty(inputs, out_channels, pose_size, pose_size).uniform_(-0.1, 0.1)
         self.weight = nn.Parameter(torch.eye(pose_size) + noise)  # the author's initial values

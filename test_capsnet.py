@@ -284,7 +284,7 @@ def test_mean_shift_never_raises_the_objective_even_where_every_gaussian_underfl
 
 
 def test_mean_shift_gives_an_absent_input_no_share():
-    """However near the mean it votes, and far from all others for so narrow a kernel."""
+    """Though its vote is near the mean, and all others are far from it for so narrow a kernel."""
     routing = cn.SimilarityRouting(1, widths=(0.07, 0.07), iterations=1, mean_shift=True)
     votes = torch.tensor([1.0, -1.0, 0.05]).view(1, 3, 1)
     mu, logit, c = routing(votes, torch.tensor([0.0, 0.0, -1e8]))
