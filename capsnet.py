@@ -36,9 +36,9 @@ Where this departs from the paper, or chooses what the paper leaves open
     * No coordinates are added to poses. The author adds three: the output position's, and one of
       the slot in its field. Without any, similarity routing recognised new toys better.
     * lambda1, lambda2 and the kernel widths are learned as logarithms, so they stay positive.
-    * The author starts at lambda1 = 12, lambda2 = 1 and a small theta_1, where c stays uniform and
-      the class logits of all images nearly equal. Some of his versions have a ReLU on the primary
-      poses.
+    * lambda1 and lambda2 start at 0.2, theta_1 at 20, in the class capsules 60. At the author's 12,
+      1 and a small theta_1 c stays uniform and the class logits of all images nearly equal. Some of
+      his versions have a ReLU on the primary poses.
     * Connectionist routing starts with larger weights than PyTorch's, with which its class logits
       hardly differ between images.
 """

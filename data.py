@@ -49,7 +49,7 @@ SPECS = {
 
 
 class Dataset(NamedTuple):
-    """One split, as CPU tensors."""
+    """One split."""
 
     images: torch.Tensor     # (N, C, H, W) uint8
     labels: torch.Tensor     # (N,) int64

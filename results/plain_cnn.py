@@ -1,7 +1,7 @@
 """The plain CNN that the README compares with: train.py, another network in the capsules' place.
 
-    PYTHONPATH=. python results/plain_cnn.py --epochs 45 --seed 0
-    PYTHONPATH=. python results/plain_cnn.py --eval runs/smallnorb-similarity-1/weights.pt --crops 2
+    PYTHONPATH=. python results/plain_cnn.py --epochs 45 --seed 0 --out runs/cnn
+    PYTHONPATH=. python results/plain_cnn.py --eval runs/cnn/weights.pt --crops 2
 """
 
 import sys
