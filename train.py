@@ -38,7 +38,7 @@ ROUTING_LR = 5  # times --lr: lambda, theta and the like have further to go than
 KERNELS = ("kernel_logit", "log_width")  # at --lr itself: at five times that they soon die
 EVAL_BATCH, SAVE_SECONDS, SHOW_SECONDS = 32, 120, 10
 # Where and how to run: no checkpoint imposes these on its successor.
-LOCAL = ("resume", "eval", "benchmark", "out", "data_dir", "device", "compile", "crops")
+LOCAL = ("resume", "eval", "benchmark", "out", "data_dir", "device", "compile")
 # Of the processes that torchrun starts: which one this is, and how many there are.
 RANK, WORLD = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
 
@@ -106,9 +106,11 @@ def parse(argv=None):
             parser.set_defaults(validate=None)
         args = parser.parse_args(argv)
         args.option = [*dict(args.option).items()]  # the checkpoint's, and those given again
-        for name in ("dataset", "iterations", "option", "validate", "seed") if args.resume else ():
+        fixed = ("dataset", "iterations", "option", "batch_size", "validate", "seed")
+        for name in fixed if args.resume else ():
             if vars(args)[name] != (old := checkpoint["settings"][name]):
-                fail(f"--{name} {vars(args)[name]}: {args.resume} was started with {old}")
+                fail(f"--{name.replace('_', '-')} {vars(args)[name]}: {args.resume} was started "
+                     f"with {old}")
     args.epochs = EPOCHS[args.dataset] if args.epochs is None else args.epochs
     args.lr = LR.get(args.routing, 3e-3) if args.lr is None else args.lr
     if args.iterations == 0 and args.routing in ("em", "connectionist"):
@@ -279,7 +281,8 @@ def train(net, fit, held_out, args, checkpoint, signals):
     the uninterrupted one bit for bit. A number in `signals` stops it. Returns the rows of
     metrics.csv and, with --validate, the last confusion counts.
     """
-    spec, size, path = data.SPECS[args.dataset], args.batch_size, args.out / "checkpoint.pt"
+    spec, size = data.SPECS[args.dataset], args.batch_size
+    path = args.resume or args.out / "checkpoint.pt"
     usable = max(1, len(fit.labels) // size) * size  # a last batch that is not full is left out
     if size % WORLD:
         fail(f"--batch-size {size}: expected a multiple of the {WORLD} processes")
@@ -298,9 +301,10 @@ def train(net, fit, held_out, args, checkpoint, signals):
         tally.copy_(checkpoint["tally"])
         first_epoch, position, step, rows, seconds = (
             checkpoint[k] for k in ("epoch", "position", "step", "rows", "seconds"))
-    shown = saved = time.time()
+        if args.epochs < first_epoch:
+            fail(f"--epochs {args.epochs}: {args.resume} has {first_epoch} behind it")
+    saved = time.time()
     start = saved - seconds  # of the run, as if it had never been stopped
-    clock = None  # time and step after the first step here, which compiles
 
     def save(epoch, position):
         state = dict(settings=settings_of(args), model=net.state_dict(),
@@ -308,12 +312,14 @@ def train(net, fit, held_out, args, checkpoint, signals):
                      position=position, step=step, rows=rows, seconds=time.time() - start)
         write(path, lambda aside: torch.save(state, aside))
 
-    save(first_epoch, position)  # a folder that cannot be written shows now
+    if not checkpoint:
+        save(0, 0)  # a folder that cannot be written shows now
 
     for epoch in range(first_epoch, args.epochs):
         generator = torch.Generator().manual_seed((1000 * args.seed + epoch) % 2**32)
         order = torch.randperm(len(fit.labels), generator=generator).to(args.device)
         net.train()
+        shown = None  # time and step of the last line; at first of a step that may compile
         for at in range(position, usable, size):
             done = (epoch + at / usable) / args.epochs
             for group in optimizer.param_groups:  # a short rise, then a straight line to zero
@@ -338,10 +344,11 @@ def train(net, fit, held_out, args, checkpoint, signals):
             if WORLD > 1:  # a signal to one process stops all, after the same step
                 dist.all_reduce(sums)
             tally += sums[:3]
-            clock = clock or (time.time(), step)
-            if step > clock[1] and (at + size == usable or time.time() - shown > SHOW_SECONDS):
-                shown = time.time()
-                rate = (step - clock[1]) * size / (shown - clock[0])
+            now = time.time()
+            shown = shown or (now, step)
+            if step > shown[1] and (at + size == usable or now - shown[0] > SHOW_SECONDS):
+                rate = (step - shown[1]) * size / (now - shown[0])
+                shown = now, step
                 left = ((args.epochs - epoch) * usable - at - size) / rate
                 print(f"epoch {epoch + 1}/{args.epochs}  {rate:.0f} images/s  loss "
                       f"{tally[0] / tally[2]:.4f}  training error {100 * tally[1] / tally[2]:.2f} %"
@@ -417,7 +424,7 @@ def main(argv=None):
         confusion = evaluate(net, held_out, args)
     show(confusion, classes, name)
     result = {f"{name}_error": error_of(confusion), "seconds": rows[-1]["seconds"] if rows else 0,
-              "settings": settings_of(args), "crops": args.crops, "confusion": confusion.tolist()}
+              "settings": settings_of(args), "confusion": confusion.tolist()}
     write(out / "result.json", lambda path: path.write_text(json.dumps(result) + "\n"))
     # From the CPU, so that torch.load opens them on a machine without this device.
     weights = {"settings": settings_of(args), "model": net.cpu().state_dict()}
