@@ -322,7 +322,7 @@ class DynamicRouting(Routing):
         self.gain = gain
 
     def initial_state(self, votes, fields):
-        return fields, None
+        return fields, None  # b, which is zero at first
 
     def compatibility(self, mu, votes, log_a, c, state):
         fields, b = state
