@@ -59,12 +59,8 @@ def compute_votes(pose: Tensor, weight: Tensor) -> Tensor:
     pose (..., I, P, P), weight (I, O, P, P) -> votes (..., O, I, D). Finite, with its gradient, at
     weight = 0.
     """
-    weight = F.normalize(weight.contiguous(), dim=(-2, -1), eps=1e-6)  # it may be channels_last
-    # vec(W M) = (W (x) 1) vec(M), rows first: with 4x4 poses a training step on a CPU is 1.2 times
-    # as fast as with W itself, inference 1.5 times.
-    one = torch.eye(pose.shape[-1], dtype=weight.dtype, device=weight.device)
-    matrix = torch.kron(weight, one)  # (I, O, D, D)
-    return torch.einsum("ioed,...id->...oie", matrix, pose.flatten(-2)).contiguous()
+    weight = F.normalize(weight, dim=(-2, -1), eps=1e-6)
+    return torch.einsum("iopq,...iqr->...oipr", weight, pose).flatten(-2)
 
 
 def update_pose(compatibility: Tensor, votes: Tensor) -> Tensor:
