@@ -35,10 +35,12 @@ Where this departs from the paper, or chooses what the paper leaves open
       every layer. In dynamic routing length is presence: there poses get the length a.
     * No coordinates are added to poses. The author adds three: the output position's, and one of
       the slot in its field. Without any, similarity routing recognised new toys better.
-    * lambda1, lambda2 and the kernel widths are learned as logarithms, so they stay positive.
+    * lambda1, lambda2 and the kernel widths are learned as logarithms, so they stay positive (and
+      weight decay would pull them towards 1).
     * lambda1 and lambda2 start at 0.2, theta_1 at 20, in the class capsules 60. At the author's 12,
-      1 and a small theta_1 c stays uniform and the class logits of all images nearly equal. Some of
-      his versions have a ReLU on the primary poses.
+      1 and a small theta_1 c stays uniform and the class logits of all images nearly equal.
+      theta_2 starts at 0, theta_3 at 1; primary activations near 1/2 (the author's near 0.7).
+    * No ReLU on the primary poses, which some of the author's versions have.
     * Connectionist routing starts with larger weights than PyTorch's, with which its class logits
       hardly differ between images.
 """
@@ -71,12 +73,14 @@ def update_pose(compatibility: Tensor, votes: Tensor) -> Tensor:
 class Routing(nn.Module):
     """Algorithm 1: alternate between compatibilities and poses, then decide on the activations.
 
-    A routing procedure is a subclass that defines `compatibility` and `activation`; `state` is
-    what it carries from one call to the next, S in the paper. `CapsNet` constructs it as
-    (out_channels, pose_size, **options).
+    A routing procedure is a subclass that defines `compatibility` and `activation`, and where it
+    needs to `initial_state` and `pose`; `state` is what it carries from one call to the next, S in
+    the paper. `CapsNet` finds it in ROUTINGS and constructs it as (out_channels, pose_size,
+    **options).
 
     forward(votes (..., O, I, D), log_a (..., I)) -> pose (..., O, D), logit (..., O), c (..., O, I)
-        log_a is finite: an absent input has one of -1e8, say, not -inf.
+        log_a is finite: an absent input has one of -1e8, say, not -inf. In EM routing it then has
+        no influence; in similarity routing it has on the first pose only, the uniform mean.
         fields: (children (L, I), number of inputs): which input is in which slot; then the last
             leading dimension is L. Only EM and dynamic routing, whose output positions compete for
             the inputs that they share, look at it.
@@ -308,7 +312,7 @@ class DynamicRouting(Routing):
     The pose is squash(s_j), s_j = sum_i c_ij v_ij. Its length is the activation: that of an input
     is in the length of its votes already, and log_a is not used.
     gain: multiplies the votes. Eq. 1 halves their length, and squash all but squares what is short:
-        without a gain poses of 0.5 become 0.008, then 0.00004, layer by layer.
+        without a gain poses are 0.02 long in caps1, 0.0005 in caps2.
     """
 
     length_is_activation = True
@@ -322,7 +326,7 @@ class DynamicRouting(Routing):
 
     def compatibility(self, mu, votes, log_a, c, state):
         fields, b = state
-        agreement = torch.einsum("...id,...d->...i", self.gain * votes, mu)
+        agreement = torch.einsum("...id,...d->...i", votes, self.gain * mu)
         b = torch.zeros_like(c) if b is None else b + agreement
         return log_softmax_over_parents(b, fields).exp(), (fields, b)
 
@@ -361,7 +365,7 @@ class ConvCaps(nn.Module):
     """Convolutional capsules in 1, 2 or 3 dimensions, without padding.
 
     kernel_size, stride: a number, or one for each spatial dimension.
-    routing: a `Routing` for as many out_channels.
+    routing: a `Routing` made for as many out_channels and the same pose_size.
 
     pose (B, C, *grid, P, P), logit (B, C, *grid)
         -> pose (B, O, *out, P, P), logit (B, O, *out), compatibility (B, O, *out, I)
@@ -395,7 +399,7 @@ class ConvCaps(nn.Module):
             raise ValueError(f"pose {tuple(pose.shape)}, logit {tuple(logit.shape)}: expected "
                              f"{self.in_channels} channels, a grid of {self.kernel_size} or more, "
                              f"and {tuple(matrix)} after the logit's shape in the pose's")
-        pose = F.normalize(pose, dim=(-2, -1), eps=1e-6)
+        pose = F.normalize(pose, dim=(-2, -1), eps=1e-4)
         if self.routing.length_is_activation:
             pose = pose * logit.sigmoid()[..., None, None]
         num_inputs = math.prod(logit.shape[1:])

@@ -305,7 +305,7 @@ def _towards(azimuth, elevation):
 
 
 def _render(parts, azimuth, elevation, lamp):
-    """(V, 1, size, size) uint8: orthographic views of one toy, and its shadow on a white ground.
+    """(V, 1, size, size) uint8: orthographic views of one toy, and its shadow on a light ground.
 
     Angles (V,) in radians: of the camera above the ground, and where the lamp stands around it.
     """

@@ -70,7 +70,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description="Train a capsule network with learned routing.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      allow_abbrev=False)
-    parser.error = fail  # without the usage, which is 20 lines
+    parser.error = fail  # without the usage: one line
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     add("--dataset", choices=data.SPECS, default="toys", help="toys need no download")
