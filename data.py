@@ -180,12 +180,15 @@ def _note(text):
 def written_aside(path):
     """A name beside `path` that becomes `path` at the end, whole, or on failure leaves no trace."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
         os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise DataError(f"{path}: cannot be written ({' '.join(str(error).split())})") from error
     finally:
-        aside.unlink(missing_ok=True)
+        if aside.exists():
+            aside.unlink()
 
 
 def _download(path, source, mirrors):
@@ -236,23 +239,10 @@ def _read_split(name, paths, sources, cameras):
         blocks = pixels[:, :cameras].reshape(-1, cameras, 48, 2, 48, 2)
         images = ((blocks.sum((3, 5), dtype=np.uint16) + 2) // 4).astype(np.uint8)
         instances = torch.from_numpy(arrays[2][:, 0].astype(np.int64))
-    dataset = Dataset(torch.from_numpy(images), labels, instances)
-    _check(name, cameras, dataset, paths)
-    return dataset
-
-
-def _check(name, cameras, dataset, blame):
-    """DataError unless the parts are of the right kind, in range and equally many."""
-    spec, (images, labels, instances) = SPECS[name], dataset
-    n = len(labels)
-    if (images.dtype != torch.uint8 or labels.dtype != torch.int64
-            or images.shape != (n, cameras, spec.size, spec.size) or instances.shape != (n,)):
-        raise DataError(f"{', '.join(map(str, blame))}: {len(images)} images of "
-                        f"{tuple(images.shape[1:])}, {n} labels, {len(instances)} instances, "
-                        f"expected as many of each, and images of {cameras, spec.size, spec.size}")
-    for part, path, most in ((labels, blame[1], len(spec.classes) - 1), (instances, blame[-1], 99)):
-        if part.min() < 0 or part.max() > most:
-            raise DataError(f"{path}: values {part.min()} to {part.max()}, expected 0 to {most}")
+    low, high, classes = labels.min(), labels.max(), len(SPECS[name].classes)
+    if low < 0 or high >= classes:
+        raise DataError(f"{paths[1]}: labels {low} to {high}, expected 0 to {classes - 1}")
+    return Dataset(torch.from_numpy(images), labels, instances)
 
 
 # -------------------------------------------------------------------------------------- the toys
@@ -375,8 +365,6 @@ def load(name, data_dir="datasets", cameras=1):
     try:
         cached = torch.load(cache, weights_only=True)
         splits = Dataset(*cached["train"]), Dataset(*cached["test"])
-        for dataset in splits:
-            _check(name, cameras, dataset, [cache] * 2)
         if set(recipe()) <= set(cached["recipe"]):
             return splits
     except FileNotFoundError:
@@ -398,6 +386,6 @@ def load(name, data_dir="datasets", cameras=1):
         with written_aside(cache) as aside:
             torch.save({"recipe": made_from, "train": tuple(splits[0]), "test": tuple(splits[1])},
                        aside)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        _note(f"warning: {cache}: cannot be written ({' '.join(str(error).split())})")
+    except DataError as error:
+        _note(f"warning: {error}")
     return splits

@@ -1,7 +1,8 @@
 """Train and evaluate the capsule network of capsnet.py: `python train.py --help`.
 
-A run has a folder of its own: metrics.csv, a line per epoch; checkpoint.pt, which `--resume`
-continues; and in the end weights.pt, which `--eval` scores, and result.json.
+A run has a folder of its own: metrics.csv, a line per epoch; checkpoint.pt, saved every ten
+seconds, which `--resume` continues; and in the end weights.pt, which `--eval` scores, and
+result.json.
 
 Protocol: anything that is chosen is chosen with `--validate INSTANCE`, on training toys held out
 whole. Without it all training images are used, and the test set is looked at once, at the end.
@@ -36,7 +37,7 @@ LR = {"similarity": 1.2e-2, "connectionist": 3e-3, "em": 3e-3, "dynamic": 1.2e-2
 WARMUP, CLIP = 10, 1.0  # steps; norm of the gradient
 ROUTING_LR = 5  # times --lr: lambda, theta and the like have further to go than W
 KERNELS = ("kernel_logit", "log_width")  # at --lr itself: at five times that they soon die
-EVAL_BATCH, SAVE_SECONDS, SHOW_SECONDS = 32, 120, 10
+EVAL_BATCH, SHOW_SECONDS = 32, 10  # progress is shown, and saved, as often
 # Where and how to run: no checkpoint imposes these on its successor.
 LOCAL = ("resume", "eval", "benchmark", "out", "data_dir", "device", "compile")
 # Of the processes that torchrun starts: which one this is, and how many there are.
@@ -72,7 +73,6 @@ def parse(argv=None):
                                      allow_abbrev=False)
     parser.error = fail  # without the usage: one line
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
     add("--dataset", choices=data.SPECS, default="toys", help="toys need no download")
     add("--cameras", type=int, choices=(1, 2), default=1, help="of smallnorb, as channels")
     add("--routing", choices=ROUTINGS, default="similarity", help="the routing procedure")
@@ -87,7 +87,7 @@ def parse(argv=None):
     add("--crops", type=at_least(1), default=1, help="score N x N crops, 1: the central one")
     add("--seed", type=at_least(0), default=0, help="of weights, order and augmentation")
     add("--amp", action=switch, default=False, help="bfloat16 autocast")
-    add("--compile", action=switch, default=compiler is not None,
+    add("--compile", action=switch, default=bool(shutil.which(os.environ.get("CXX", "g++"))),
         help="torch.compile the routing, on a GPU the network: faster, after a minute")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to run on")
     add("--data-dir", default="datasets", help="where the data sets are, or will be put")
@@ -125,8 +125,6 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["settings"]["dataset"], checkpoint["model"]
         return checkpoint
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        fail(f"{path}: {error.strerror}")
     except Exception as error:  # the unpickler may raise anything on a damaged or foreign file
         fail(f"{path}: not a checkpoint of this program ({type(error).__name__})")
 
@@ -137,14 +135,9 @@ def settings_of(args):
 
 def write(path, save):
     """save(name) beside `path`, then rename: it is whole or as it was. One process of several."""
-    if RANK > 0:
-        return
-    try:
+    if RANK == 0:
         with data.written_aside(path) as aside:
             save(aside)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        fail(f"{path} could not be written ({' '.join(str(error).split())}); what was there before "
-             "is untouched")
 
 
 # ------------------------------------------------------------------------- model and evaluation
@@ -153,7 +146,7 @@ def write(path, save):
 def build(args, checkpoint):
     spec = data.SPECS[args.dataset]
     options = {} if args.iterations is None else {"iterations": args.iterations}
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % 2**64)
     try:
         net = CapsNet((args.cameras, spec.crop, spec.crop), len(spec.classes), args.routing,
                       **options, **dict(args.option))
@@ -274,18 +267,14 @@ def benchmark(args):
 # -------------------------------------------------------------------------------------- training
 
 
-def train(net, fit, held_out, args, checkpoint, signals):
-    """Train to the last epoch, saving on the way; with --validate score `held_out` after each.
+def train(net, fit, held_out, args, checkpoint, path):
+    """Train to the last epoch, saving to `path`; with --validate score `held_out` after each.
 
     All that the next step depends on is in the checkpoint: on one CPU thread a resumed run repeats
-    the uninterrupted one bit for bit. A number in `signals` stops it. Returns the rows of
-    metrics.csv and, with --validate, the last confusion counts.
+    the uninterrupted one bit for bit. Returns the rows of metrics.csv.
     """
     spec, size = data.SPECS[args.dataset], args.batch_size
-    path = args.resume or args.out / "checkpoint.pt"
-    usable = max(1, len(fit.labels) // size) * size  # a last batch that is not full is left out
-    if size % WORLD:
-        fail(f"--batch-size {size}: expected a multiple of the {WORLD} processes")
+    per_epoch = max(1, len(fit.labels) // size)  # steps: a last batch that is not full is left out
     model = net if WORLD == 1 else nn.parallel.DistributedDataParallel(
         net, find_unused_parameters=args.iterations == 0)
     fast = {name: p for name, p in net.named_parameters()
@@ -295,37 +284,34 @@ def train(net, fit, held_out, args, checkpoint, signals):
                                   {"params": list(fast.values()), "scale": ROUTING_LR}])
     noise = torch.Generator(args.device)  # of the augmentation
     tally = torch.zeros(3, device=args.device)  # this epoch's sums: loss, errors, images
-    first_epoch, position, step, rows, seconds, confusion = 0, 0, 0, [], 0.0, None
+    step, rows, seconds = 0, [], 0.0
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         tally.copy_(checkpoint["tally"])
-        first_epoch, position, step, rows, seconds = (
-            checkpoint[k] for k in ("epoch", "position", "step", "rows", "seconds"))
-        if args.epochs < first_epoch:
-            fail(f"--epochs {args.epochs}: {args.resume} has {first_epoch} behind it")
-    saved = time.time()
-    start = saved - seconds  # of the run, as if it had never been stopped
+        step, rows, seconds = (checkpoint[name] for name in ("step", "rows", "seconds"))
+        if step > args.epochs * per_epoch:
+            fail(f"--epochs {args.epochs}: {args.resume} has {step / per_epoch:.4g} behind it")
+    start = time.time() - seconds  # of the run, as if it had never been stopped
 
-    def save(epoch, position):
+    def save():
         state = dict(settings=settings_of(args), model=net.state_dict(),
-                     optimizer=optimizer.state_dict(), tally=tally, epoch=epoch,
-                     position=position, step=step, rows=rows, seconds=time.time() - start)
+                     optimizer=optimizer.state_dict(), tally=tally, step=step, rows=rows,
+                     seconds=time.time() - start)
         write(path, lambda aside: torch.save(state, aside))
 
     if not checkpoint:
-        save(0, 0)  # a folder that cannot be written shows now
+        save()  # a folder that cannot be written shows now
 
-    for epoch in range(first_epoch, args.epochs):
+    for epoch in range(step // per_epoch, args.epochs):
         generator = torch.Generator().manual_seed((1000 * args.seed + epoch) % 2**32)
         order = torch.randperm(len(fit.labels), generator=generator).to(args.device)
         net.train()
         shown = None  # time and step of the last line; at first of a step that may compile
-        for at in range(position, usable, size):
-            done = (epoch + at / usable) / args.epochs
+        for batch in order.split(size)[step % per_epoch:per_epoch]:
+            done = step / (args.epochs * per_epoch)
             for group in optimizer.param_groups:  # a short rise, then a straight line to zero
                 group["lr"] = args.lr * group["scale"] * min(1, (step + 1) / WARMUP) * (1 - done)
             noise.manual_seed((1_000_003 * args.seed + step) % 2**32)  # a CPU uses no more bits
-            batch = order[at:at + size]
             images = data.augment(data.standardise(fit.images[batch]), spec, noise)
             # All processes augment the whole batch, so their number does not change the images.
             images, labels = images[RANK::WORLD], fit.labels[batch][RANK::WORLD]
@@ -336,45 +322,38 @@ def train(net, fit, held_out, args, checkpoint, signals):
             norm = nn.utils.clip_grad_norm_(net.parameters(), CLIP)
             if not norm.isfinite():  # stop before it reaches the weights
                 fail(f"step {step + 1}: the loss is {loss.item()}, its gradient not finite; what "
-                     f"is saved in {args.out} is from before")
+                     f"is saved in {path} is from before")
             optimizer.step()
             step += 1
             wrong = (logits.argmax(1) != labels).sum()
-            sums = loss.new_tensor([loss.item() * len(labels), wrong, len(labels), len(signals)])
-            if WORLD > 1:  # a signal to one process stops all, after the same step
+            sums = loss.new_tensor([loss.item() * len(labels), wrong, len(labels)])
+            if WORLD > 1:
                 dist.all_reduce(sums)
-            tally += sums[:3]
+            tally += sums
             now = time.time()
             shown = shown or (now, step)
-            if step > shown[1] and (at + size == usable or now - shown[0] > SHOW_SECONDS):
+            if step > shown[1] and (step % per_epoch == 0 or now - shown[0] > SHOW_SECONDS):
                 rate = (step - shown[1]) * size / (now - shown[0])
                 shown = now, step
-                left = ((args.epochs - epoch) * usable - at - size) / rate
+                left = (args.epochs * per_epoch - step) * size / rate
                 print(f"epoch {epoch + 1}/{args.epochs}  {rate:.0f} images/s  loss "
                       f"{tally[0] / tally[2]:.4f}  training error {100 * tally[1] / tally[2]:.2f} %"
                       f"  {left / 60:.0f} min left", flush=True)
-            stop = sums[3] > 0
-            if stop or time.time() - saved > SAVE_SECONDS:
-                saved = time.time()
-                save(epoch, at + size)
-            if stop:
-                print(f"\nsaved; to continue: python train.py --resume {path} "
-                      f"--data-dir {args.data_dir}")
-                sys.exit(130)
+                if step % per_epoch:  # at the end of an epoch below, with its row
+                    save()
         row = dict(epoch=epoch + 1, step=step, loss=(tally[0] / tally[2]).item(),
                    training_error=(100 * tally[1] / tally[2]).item())
         if args.validate is not None:
-            confusion = evaluate(net, held_out, args)
-            row["validation_error"] = error_of(confusion)
+            row["validation_error"] = error_of(evaluate(net, held_out, args))
             print(f"validation error {row['validation_error']:.2f} %", flush=True)
         rows.append({**row, "seconds": round(time.time() - start, 1)})
-        position = 0
         tally.zero_()
         # Before the checkpoint: a run that is killed between the two repeats this epoch.
         lines = [",".join(map(str, cells)) for cells in (rows[0], *(r.values() for r in rows))]
-        write(args.out / "metrics.csv", lambda aside: aside.write_text("\n".join(lines) + "\n"))
-        save(epoch + 1, 0)
-    return rows, confusion
+        write(path.with_name("metrics.csv"),
+              lambda aside: aside.write_text("\n".join(lines) + "\n"))
+        save()
+    return rows
 
 
 def main(argv=None):
@@ -407,22 +386,20 @@ def main(argv=None):
 
     if args.out and any((args.out / name).exists() for name in ("checkpoint.pt", "weights.pt")):
         fail(f"--out {args.out}: holds a run already; --resume continues its checkpoint.pt")
-    out = args.out = args.resume.parent if args.resume else (
-        args.out or new_folder(f"runs/{args.dataset}-{args.routing}"))
+    if args.batch_size % WORLD:
+        fail(f"--batch-size {args.batch_size}: expected a multiple of the {WORLD} processes")
+    path = args.resume or (
+        args.out or new_folder(f"runs/{args.dataset}-{args.routing}")) / "checkpoint.pt"
+    out = path.parent
     print(f"{args.routing} routing on {args.dataset}: {len(fit.labels)} training images, "
           f"{sum(p.numel() for p in net.parameters())} parameters, {args.device}, run in {out}"
           + ", compiling first, for up to a minute" * args.compile, flush=True)
-    signals = []  # training stops after the step in which one comes
-    before = {s: signal.signal(s, lambda number, _: signals.append(number))
-              for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        rows, confusion = train(net, fit, held_out, args, checkpoint, signals)
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-    if confusion is None:
-        confusion = evaluate(net, held_out, args)
-    show(confusion, classes, name)
+        rows = train(net, fit, held_out, args, checkpoint, path)
+    except KeyboardInterrupt:
+        fail(f"interrupted; to continue: python train.py --resume {path} "
+             f"--data-dir {args.data_dir}")
+    show(confusion := evaluate(net, held_out, args), classes, name)
     result = {f"{name}_error": error_of(confusion), "seconds": rows[-1]["seconds"] if rows else 0,
               "settings": settings_of(args), "confusion": confusion.tolist()}
     write(out / "result.json", lambda path: path.write_text(json.dumps(result) + "\n"))
@@ -434,11 +411,12 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         main()
     except (data.DataError, OSError) as error:
         fail(error)
-    except KeyboardInterrupt:  # before or after the training, which saves itself
+    except KeyboardInterrupt:  # before or after the training
         fail("interrupted")
     if dist.is_initialized():  # DistributedDataParallel leaves gloo's threads behind, and one that
         sys.stdout.flush()  # frees a tensor while the interpreter shuts down aborts the process
