@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 from itertools import product
@@ -62,9 +61,9 @@ def small_routing(name, outputs=2):
     return routing
 
 
-def small_layer(name, kernel=3, stride=1, dims=1, channels=2, outputs=2):
+def small_layer(name, kernel=3, stride=1, dims=1, outputs=2):
     routing = small_routing(name, outputs)
-    return ConvCaps(channels, outputs, kernel, routing, stride, 2, dims).double()
+    return ConvCaps(2, outputs, kernel, routing, stride, 2, dims).double()
 
 
 def tiny_net(name):
@@ -234,10 +233,6 @@ def test_no_point_of_the_simplex_has_a_lower_objective_than_update_compatibility
     z = c.log().requires_grad_()
     slope, = grad(objective(k, z.softmax(-1), a, *lambdas), z)
     assert slope.abs().max() < 1e-12  # stationary, and J is convex in c
-    for step in (1e-3, 1e-2, 0.1, 1.0):
-        for _ in range(30):
-            other = (1 - step) * c + step * torch.randn(6).double().mul(3).softmax(-1)
-            assert objective(k, other, a, *lambdas) > objective(k, c, a, *lambdas)
 
 
 def test_compatibilities_sum_to_one_over_the_inputs_and_not_over_the_outputs():
@@ -305,40 +300,32 @@ def test_the_papers_mean_can_raise_the_objective_where_mean_shift_lowers_it():
     assert rise[0] > 0.1 and rise[1] < -0.01
 
 
-def test_child_is_shared_among_its_parents_at_all_positions():
-    children = torch.tensor([[0, 1, 2, 5], [1, 2, 3, 5], [2, 3, 4, 5]])  # 6 is nobody's child
-    logits, fields = rand(3, 3, 4), (children, 7)
-    share = cn.log_softmax_over_parents(logits, fields).exp()
-    expected = {}
-    for ps in parents_of(children.tolist(), 3):
-        expected |= {(l, j, i): logits[l, j, i].exp() / sum(logits[m, o, n].exp()
-                     for m, n, o in ps) for l, i, j in ps}
-        assert sum(share[l, j, i] for l, i, j in ps).item() == pytest.approx(1)
-    expected = torch.stack([expected[x] for x in product(*map(range, logits.shape))])
-    assert_same([share], [expected.view_as(share)], [logits])
-    assert (share - logits.softmax(1)).abs().max() > 0.1  # overlap: no softmax per position
+def test_shares_of_parents_at_one_position_and_of_logits_whose_exponentials_overflow():
+    logits = rand(3, 3, 4)
     alone = cn.log_softmax_over_parents(logits, None)
     assert_same([alone], [logits.log_softmax(1)], [logits])
+    fields = torch.tensor([[0, 1, 2, 5], [1, 2, 3, 5], [2, 3, 4, 5]]), 6
+    for shift in (-1e4, 1e4):
+        torch.testing.assert_close(cn.log_softmax_over_parents(logits + shift, fields),
+                                   cn.log_softmax_over_parents(logits, fields))
 
 
 # ------------------------------------------------------------------ layers against the oracles
 
-CASES = {  # grid, kernel, stride, iterations
-    "overlap": ((5,), 3, 1, 3),
-    "one_iteration": ((5,), 3, 1, 1),
-    "no_iteration": ((5,), 3, 1, 0),
-    "unused_children": ((6,), 1, 2, 3),
-    "plane": ((4, 3), (2, 3), (2, 1), 3),
-    "volume": ((3, 2, 2), (2, 1, 2), (1, 2, 1), 3),
+CASES = {  # grid, kernel, stride
+    "overlap": ((5,), 3, 1),
+    "unused_children": ((6,), 1, 2),
+    "plane": ((4, 3), (2, 3), (2, 1)),
+    "volume": ((3, 2, 2), (2, 1, 2), (1, 2, 1)),
 }
 
 
-@pytest.mark.parametrize("name, case", [
-    (n, c) for n, c in product(MAKE, CASES) if not (n in ("em", "dynamic") and "no_" in c)])
+@pytest.mark.parametrize("case", CASES)
+@every_routing
 def test_layer_equals_the_loop_oracle(name, case):
-    grid, kernel, stride, iterations = CASES[case]
+    grid, kernel, stride = CASES[case]
     layer = small_layer(name, kernel, stride, len(grid))
-    layer.routing.iterations = iterations
+    layer.routing.iterations = 3
     pose, logit = rand(1, 2, *grid, 2, 2), rand(1, 2, *grid)
     result = oracle_layer(name, layer, pose[0], logit[0])
     mu, out, c = layer(pose, logit)
@@ -347,13 +334,11 @@ def test_layer_equals_the_loop_oracle(name, case):
     actual = [mu[0].flatten(1, -3).flatten(-2), out[0].flatten(1), c[0].flatten(1, -2)]  # (O, L, .)
     expected = [torch.stack([result[l, j][x] for j, l in product(*map(range, actual[1].shape))])
                 .view_as(actual[x]) for x in range(3)]
-    with torch.autograd.set_detect_anomaly(True):  # no 0/0 that is masked later
-        slopes = assert_same(actual, expected, [pose, logit, *layer.parameters()])
-    if iterations == 3:  # nothing hides behind a zero
-        assert all(g.any() for g in slopes[2:])
+    slopes = assert_same(actual, expected, [pose, logit, *layer.parameters()])
+    assert all(g.any() for g in slopes[2:])  # nothing hides behind a zero
 
 
-@pytest.mark.parametrize("name", ["em", "dynamic"])
+@every_routing
 def test_no_iterations_leave_the_mean_vote(name):
     routing, votes = small_routing(name, 3), rand(2, 3, 5, 4)
     routing.iterations = 0
@@ -380,8 +365,8 @@ def test_gradients_of_the_equations_are_exact():
 
 @every_routing
 def test_gradients_of_a_layer_are_exact(name):
-    layer = small_layer(name, channels=1)
-    inputs = rand(1, 1, 4, 2, 2), rand(1, 1, 4), *layer.parameters()
+    layer = small_layer(name)
+    inputs = rand(1, 2, 4, 2, 2), rand(1, 2, 4), *layer.parameters()
     assert gradcheck(lambda pose, logit, *_: layer(pose, logit), inputs)
 
 
@@ -389,11 +374,8 @@ EXTREMES = {
     "zero_poses": lambda layer, pose, logit: pose.zero_(),
     "zero_weight": lambda layer, pose, logit: layer.weight.zero_(),
     "identical_votes": lambda layer, pose, logit: (pose.fill_(1), layer.weight.fill_(1)),
-    "certain": lambda layer, pose, logit: logit.fill_(1e4),
     "absent": lambda layer, pose, logit: logit.fill_(-1e4),
     "mixed": lambda layer, pose, logit: logit.sign_().mul_(1e4),
-    "huge_poses": lambda layer, pose, logit: pose.mul_(1e4),
-    "single_input": lambda layer, pose, logit: None,
 }
 
 
@@ -401,9 +383,8 @@ EXTREMES = {
 @pytest.mark.parametrize("extreme", EXTREMES)
 @every_routing
 def test_extreme_inputs_give_finite_values_and_gradients(name, extreme, autocast):
-    channels, kernel = (1, 1) if extreme == "single_input" else (2, 3)
-    layer = small_layer(name, kernel, channels=channels).float()
-    pose, logit = torch.randn(2, channels, 5, 2, 2), torch.randn(2, channels, 5)
+    layer = small_layer(name).float()
+    pose, logit = torch.randn(2, 2, 5, 2, 2), torch.randn(2, 2, 5)
     with torch.no_grad():
         EXTREMES[extreme](layer, pose, logit)
     inputs = [pose.requires_grad_(), logit.requires_grad_(), *layer.parameters()]
@@ -431,6 +412,11 @@ def test_initial_values():
             (routing.theta, [[20.0, 20.0], [0.0, 0.0], [1.0, 1.0]]),
             (routing.log_width.exp(), [0.1, 0.1**0.5, 1.0])):
         torch.testing.assert_close(parameter, torch.tensor(expected))
+    assert CapsNet((1, 17, 17), 2).class_caps.routing.theta[0].tolist() == [60, 60]
+    connectionist = cn.ConnectionistRouting(1, psi=(500,))
+    mu_and_v, a_and_c = connectionist.cell.weight_ih.split([32, 2], 1)
+    assert 0.9 < mu_and_v.abs().max() <= 1 and a_and_c.abs().max() <= 0.25
+    assert connectionist.psi[0].weight.std() == pytest.approx((2 / 16) ** 0.5, rel=0.05)
     noise = ConvCaps(8, 16, 3, routing).weight - torch.eye(4)
     assert noise.abs().max() < 0.1001 and noise.std() == pytest.approx(0.1 / 3**0.5, rel=0.05)
 
@@ -472,15 +458,11 @@ def test_batch_of_one_or_none_equals_the_same_images_in_a_batch(name):
 
 
 @every_network
-def test_black_images_and_one_class_give_finite_gradients_and_every_parameter_gets_one(name):
+def test_every_parameter_gets_a_gradient(name):
     net = tiny_net(name).train()
     poses, logits = net(torch.randn(4, 1, 17, 19))
     (logits.square().sum() + poses.square().sum()).backward()
     assert not [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()]
-    net = CapsNet((1, 17, 17), 1, name)
-    poses, logits = net(torch.zeros(2, 1, 17, 17))
-    slopes = grad(poses.sum() + logits.sum(), list(net.parameters()))
-    assert all(x.isfinite().all() for x in (poses, logits, *slopes))
 
 
 @pytest.mark.parametrize("call, words", [
@@ -539,9 +521,14 @@ def norb_files(count=30):
 
 
 def mnist_files(count=24):
+    """Noise, and a bright block in a place that says which digit it is."""
     files, rng = {}, np.random.default_rng(1)
     for stem in ("train", "t10k"):
-        files[f"{stem}-images-idx3-ubyte"] = bytes(16) + rng.bytes(count * 28 * 28)
+        images = rng.integers(64, size=(count, 28, 28), dtype=np.uint8)
+        for n, image in enumerate(images):
+            row, column = divmod(n % 10, 4)
+            image[4 + 4 * row:8 + 4 * row, 4 + 5 * column:9 + 5 * column] = 255
+        files[f"{stem}-images-idx3-ubyte"] = bytes(16) + images.tobytes()
         files[f"{stem}-labels-idx1-ubyte"] = bytes(8) + bytes(n % 10 for n in range(count))
     return files
 
@@ -593,22 +580,17 @@ def test_official_files(tmp_path, packed, capsys):
     assert inner.numpy().tobytes() == FILES["mnist"]["t10k-images-idx3-ubyte"][16:]
     assert test.images.sum() == inner.sum()
     assert train.instances.bincount().tolist() == [2] * 12
-
-
-def overwritten(at, number):
-    return lambda content: content[:at] + struct.pack("<i", number) + content[at + 4:]
+    assert "cifar" in error_of(lambda: data.load("cifar"))
 
 
 DAMAGE = {  # the file, what becomes of it, packed or not
     "cut off": ("dat.mat", lambda b: b[:-5], False),
     "more bytes": ("info.mat", lambda b: b + b"\0", False),
-    "label too high": ("cat.mat", overwritten(20, 5), False),
-    "label negative": ("cat.mat", overwritten(20, -1), False),
+    "label too high": ("cat.mat", lambda b: b[:-4] + b"\5\0\0\0", False),
+    "label negative": ("cat.mat", lambda b: b[:-4] + b"\xff" * 4, False),
     "html": ("dat.mat", lambda b: b"<!DOCTYPE html>\n<title>403</title>", True),
     "cut-off gzip": ("dat.mat", lambda b: gzip.compress(b)[:-3000], True),
-    "gzip checksum": ("cat.mat", lambda b: gzip.compress(b)[:-8] + b"\1" * 8, True),
     "gzip block": ("dat.mat", lambda b: gzip.compress(b)[:10] + b"\xff" * 40, True),
-    "gzip bomb": ("cat.mat", lambda b: gzip.compress(b + bytes(10**8), 9), True),
 }
 
 
@@ -655,29 +637,29 @@ def test_failed_download_is_one_line_and_leaves_nothing(site, tmp_path):
     assert f"{folder}" in text and "cannot be written" in text and "download failed" not in text
 
 
-SPOIL = {
-    "empty": lambda cached: b"",
-    "cut off": lambda cached: saved(cached)[:-100],
-    "foreign": lambda cached: saved({"recipe": []}),
-}
-
-
 def saved(content):
     torch.save(content, buffer := io.BytesIO())
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("kind", SPOIL)
-def test_bad_cache_is_made_anew(tmp_path, kind, capsys):
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harmed",)
+
+
+@pytest.mark.parametrize("content", [b"", saved({"recipe": []}), saved(Harmful())])
+def test_bad_cache_is_made_anew_and_runs_nothing(tmp_path, monkeypatch, content, capsys):
+    monkeypatch.chdir(tmp_path)
     cache = tmp_path / "mnist" / "cache-1.pt"
     place(cache.parent, FILES["mnist"])
     splits = data.load("mnist", tmp_path)
-    cache.write_bytes(SPOIL[kind](torch.load(cache)))
+    cache.write_bytes(content)
     capsys.readouterr()
     assert same(data.load("mnist", tmp_path), splits)
     assert f"{cache}: not a usable cache" in capsys.readouterr().err
     data.load("mnist", tmp_path)
     assert str(cache) not in capsys.readouterr().err  # and is whole again
+    assert not Path("harmed").exists()
 
 
 def test_cache_follows_its_sources(tmp_path, monkeypatch, capsys):
@@ -706,30 +688,8 @@ def test_toys_and_no_place_for_their_cache(tmp_path, monkeypatch, capsys):
     assert not set(train.instances.tolist()) & set(test.instances.tolist())
     assert same([train], [data.render_toys(range(10), 2)])  # the same on every call
     assert len(train.images.flatten(1).unique(dim=0)) == 100  # no two alike
-    lit = train.images[:, 0, 0].float().mean(1)  # the ground; toys are darker
-    assert (train.images.flatten(1).float().std(1) > 8).all() and (lit > 150).all()
-
-
-def test_ray_casting_of_one_floating_ball(monkeypatch):
-    ball, zero = torch.tensor([[0, 0, 0.8, 0.3, 0.3, 0.3, 0.0]]), torch.zeros(1)  # black
-    image = data._render(ball, zero, zero + math.pi / 2, zero)[0, 0]
-    pixel = (2.1 / 40) ** 2
-    assert abs((image == 0).sum() * pixel - math.pi * 0.3**2) < 0.04
-    shadow = (image.int() - round(255 * 0.9 * 0.35)).abs() <= 1
-    rows, columns = shadow.nonzero().double().mean(0)  # a lamp in front, which is below: behind it
-    assert shadow.sum() * pixel > 0.1 and abs(columns - 19.5) < 1 and rows < 16
-
-
-def test_hold_out():
-    instances = torch.tensor([4, 6, 7, 8, 9] * 5)
-    train = data.Dataset(torch.arange(25).byte().view(25, 1, 1, 1),
-                         torch.arange(5).repeat_interleave(5), instances)
-    fit, validation = data.hold_out(train, 7)
-    assert set(fit.instances.tolist()) == {4, 6, 8, 9} and set(validation.instances.tolist()) == {7}
-    assert validation.labels.tolist() == [0, 1, 2, 3, 4]
-    assert sorted(torch.cat([fit.images, validation.images]).flatten().tolist()) == [*range(25)]
-    assert "[4, 6, 7, 8, 9]" in error_of(lambda: data.hold_out(train, 5))
-    assert "cifar" in error_of(lambda: data.load("cifar"))
+    upper_left = train.images[:, 0, :20, :20].double().mean()
+    assert upper_left == pytest.approx(175.91, abs=0.1)  # where it changes, so must data.FORMAT
 
 
 def test_standardise():
@@ -743,26 +703,24 @@ def test_standardise():
 
 
 def test_augment_and_crops():
-    images = torch.arange(500 * 2 * 8 * 8).float().view(500, 2, 8, 8)
+    image = torch.arange(128.0).view(2, 8, 8)
 
     def run(brightness, contrast, seed=0):
         spec = data.SPECS["mnist"]._replace(crop=6, brightness=brightness, contrast=contrast)
-        return data.augment(images, spec, torch.Generator().manual_seed(seed))
+        return data.augment(image.repeat(500, 1, 1, 1), spec, torch.Generator().manual_seed(seed))
 
-    assert torch.equal(run(2, .5), run(2, .5)) and not torch.equal(run(2, .5), run(2, .5, 1))
-    plain, places = run(0, 0), set()
-    for image, window in zip(images, plain):
-        top, left = divmod(int(window[0, 0, 0] - image[0, 0, 0]), 8)
-        places.add((top, left))
+    plain, out = run(0, 0), run(2, .5)
+    assert torch.equal(out, run(2, .5)) and not torch.equal(out, run(2, .5, seed=1))
+    corners = [divmod(int(window[0, 0, 0]), 8) for window in plain]
+    assert {*corners} == {*product(range(3), repeat=2)}
+    for window, (top, left) in zip(plain, corners):
         assert torch.equal(window, image[:, top:top + 6, left:left + 6])
-    assert places == {(top, left) for top in range(3) for left in range(3)}
-    shift = run(2., 0) - plain
-    assert shift.flatten(1).max(1)[0].sub(shift.flatten(1).min(1)[0]).max() < .1  # one an image
-    assert -2.01 < shift.min() < -1.9 and 1.9 < shift.max() < 2.01
-    assert torch.allclose(run(2, .5), run(0, .5) + shift)  # contrast, then brightness
-    gain = (run(0, .5)[1:] / plain[1:]).flatten(1)
-    assert (gain.max(1)[0] - gain.min(1)[0]).max() < 1e-4
-    assert .4999 < gain.min() < .52 and 1.48 < gain.max() < 1.5001
+    gain = out.flatten(1).std(1) / plain.flatten(1).std(1)  # contrast, then brightness
+    shift = (out - gain.view(-1, 1, 1, 1) * plain).flatten(1)
+    assert (shift - shift[:, :1]).abs().max() < 1e-3  # one an image
+    for drawn, low, high in ((gain, .5, 1.5), (shift, -2, 2)):
+        assert low - 1e-3 < drawn.min() < low + (high - low) / 50
+        assert high - (high - low) / 50 < drawn.max() < high + 1e-3
 
     image = torch.arange(80.).view(1, 1, 8, 10)
     assert torch.equal(*data.crops(image, 4), image[:, :, 2:6, 3:7])
@@ -794,28 +752,21 @@ def same_runs(one, other):
     return all(torch.equal(a[name], b[name]) for name in a) and metrics(one) == metrics(other)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_and_resumed_run_repeats_the_uninterrupted_one(
-        number, small_mnist, tmp_path, capsys):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    small_mnist += ["--option", "num_kernels=3"]
-    train.main([*small_mnist, "--epochs", "3", "--out", str(whole)])
-    assert "test error" in capsys.readouterr().out
-    command = [sys.executable, train.__file__, *small_mnist, "--epochs", "3", "--out", str(cut)]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert any(text.startswith("epoch 2/3") for text in run.stdout)
-    run.send_signal(number)
+def test_the_command_ends_in_one_line_without_a_traceback(small_mnist, tmp_path):
+    command = [sys.executable, train.__file__, *small_mnist]
+    run = subprocess.run([*command, "--cameras", "2"], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert re.fullmatch("train.py: data set 'mnist' with 2 cameras.*\n", run.stderr)
+    data.load("mnist", small_mnist[1])  # a child, which has the official sizes, needs the cache
+    run = subprocess.Popen([*command, "--epochs", "99", "--out", str(tmp_path / "run")],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert any(text.startswith("epoch 2/99") for text in run.stdout)
+    run.terminate()
     error = run.communicate(timeout=60)[1]
-    if number != signal.SIGKILL:
-        assert f"--resume {cut / 'checkpoint.pt'}" in error and "\n" not in error[:-1]
-    assert not (cut / "weights.pt").exists()
-    assert 6 <= torch.load(cut / "checkpoint.pt", weights_only=True)["step"] < 18
-
-    train.main(["--resume", str(cut / "checkpoint.pt"), *small_mnist])
-    assert same_runs(whole, cut) and len(metrics(cut)) == 3
+    assert re.fullmatch("train.py: interrupted; to continue: .* --resume .*\n", error)
 
 
-def test_steps_rates_and_gradients_of_a_run_stopped_within_an_epoch_and_then_prolonged(
+def test_a_run_learns_and_stopped_resumed_and_prolonged_it_takes_the_same_steps(
         small_mnist, tmp_path, monkeypatch):
     rates, step = [], torch.optim.Adam.step
 
@@ -825,33 +776,31 @@ def test_steps_rates_and_gradients_of_a_run_stopped_within_an_epoch_and_then_pro
         assert fast["lr"] == pytest.approx(5 * slow["lr"])
         grads = [p.grad for group in self.param_groups for p in group["params"]]
         assert sum(g.square().sum() for g in grads if g is not None) < 1.001
-        if len(rates) == 18 + 10:
+        if len(rates) == 24 + 10:
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, *args)
 
     monkeypatch.setattr(torch.optim.Adam, "step", stop_at_10_of_the_second)
     monkeypatch.setattr(train, "SHOW_SECONDS", 0)  # so it saves after every step
-    small_mnist += ["--epochs", "3"]
-    train.main([*small_mnist, "--out", str(tmp_path / "whole")])
-    message = fails([*small_mnist, "--out", str(tmp_path / "cut")])
-    resume = ["--resume", str(tmp_path / "cut" / "checkpoint.pt"), *small_mnist[:5]]
+    small_mnist += ["--epochs", "4", "--option", "num_kernels=3"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train.main([*small_mnist, "--out", str(whole)])
+    assert json.loads((whole / "result.json").read_text())["test_error"] < 50  # guessing: 90
+    last = metrics(whole)[-1]
+    assert float(last["training_error"]) < 50 and float(last["loss"]) < 1.5
+    message = fails([*small_mnist, "--out", str(cut)])
+    resume = ["--resume", str(cut / "checkpoint.pt"), *small_mnist[:5]]
     assert f"to continue: python train.py {' '.join(resume[:4])}" in message
     assert "--epochs 1: " in fails([*resume, "--epochs", "1"])
     train.main(resume)
-    assert same_runs(tmp_path / "whole", tmp_path / "cut")
-    train.main([*resume, "--epochs", "4"])
-    rows = [(row["epoch"], row["step"]) for row in metrics(tmp_path / "cut")]
-    assert rows == [("1", "6"), ("2", "12"), ("3", "18"), ("4", "24")]
+    assert same_runs(whole, cut)
+    train.main([*resume, "--epochs", "5"])
+    assert [row["step"] for row in metrics(cut)] == ["6", "12", "18", "24", "30"]
     rate = lambda i, steps: min(1, (i + 1) / 10) * 1.2e-2 * (1 - i / steps)
-    three = [rate(i, 18) for i in range(18)]
+    four = [rate(i, 24) for i in range(24)]
     assert rates == pytest.approx(
-        three + three[:10] + three[9:] + [rate(i, 24) for i in range(18, 24)])
-    assert "has 4 behind it" in fails([*resume, "--epochs", "3"])
-
-
-class Harmful:
-    def __reduce__(self):
-        return os.mkdir, ("harmed",)
+        four + four[:10] + four[9:] + [rate(i, 30) for i in range(24, 30)])
+    assert "has 5 behind it" in fails([*resume, "--epochs", "4"])
 
 
 def test_files_that_are_no_weights_are_refused_and_run_nothing(small_mnist, tmp_path, monkeypatch):
@@ -865,13 +814,16 @@ def test_files_that_are_no_weights_are_refused_and_run_nothing(small_mnist, tmp_
             assert "absent.pt: not a checkpoint" in fails([option, "absent.pt"])
     assert not Path("harmed").exists()
 
-    train.main([*small_mnist, "--epochs", "0", "--out", "run"])
-    before = Path("run/weights.pt").read_bytes()
+    for _ in range(2):  # without --out each run has a folder of its own
+        train.main([*small_mnist, "--epochs", "0"])
+    run = "runs/mnist-similarity-2"
+    weights = Path(run, "weights.pt")
+    before = weights.read_bytes()
     assert "weights of another network" in fails(
-        ["--eval", "run/weights.pt", "--routing", "dynamic", *small_mnist[:5]])
-    assert "weights only, expected the checkpoint.pt" in fails(["--resume", "run/weights.pt"])
-    assert "holds a run already" in fails([*small_mnist, "--out", "run"])
-    assert Path("run/weights.pt").read_bytes() == before
+        ["--eval", str(weights), "--routing", "dynamic", *small_mnist[:5]])
+    assert "weights only, expected the checkpoint.pt" in fails(["--resume", str(weights)])
+    assert "holds a run already" in fails([*small_mnist, "--out", run])
+    assert weights.read_bytes() == before
 
 
 def test_numbers_that_are_not_finite_stop_the_run(small_mnist, tmp_path, monkeypatch):
@@ -907,6 +859,7 @@ def test_validation_never_touches_the_test_set_until_weights_are_scored(
     official, test = data.load("mnist", small_mnist[1])
     assert len(scored) == 3  # after each epoch and at the end
     assert all(torch.equal(split.labels, official.labels[22:]) for split in scored)
+    assert metrics(out)[-1]["step"] == "10"  # two of the 22 images are left out
     output = capsys.readouterr().out
     assert "22 training images" in output and "of 2 images" in output
     assert "validation error" in output and "test error" not in output
@@ -945,7 +898,7 @@ def test_two_processes_train_as_one_and_only_the_first_writes(small_mnist, tmp_p
     assert "--batch-size 3: expected a multiple of the 2" in torchrun("--batch-size", "3").stderr
 
 
-def test_evaluate_counts_every_image_once_and_averages_probabilities_over_crops():
+def test_evaluate_counts_every_image_once_and_averages_probabilities_over_crops(capsys):
     """One bright crop of nine is outvoted, though its logit is larger than the others together."""
     labels = torch.arange(300) % 3
     images = torch.zeros(300, 1, 32, 32, dtype=torch.uint8)
@@ -954,17 +907,20 @@ def test_evaluate_counts_every_image_once_and_averages_probabilities_over_crops(
 
     class FirstPixel(torch.nn.Module):
         def forward(self, images):
-            assert not self.training
+            assert not self.training and torch.is_autocast_enabled("cpu")
             logits = torch.full((len(images), 10), -99.)
             logits[:, 0], logits[:, 1] = 1, images[:, 0, 0, 0]
             return None, logits
 
     for crops, expected in ("1", [[100, 0], [0, 100], [0, 100]]), (
             "3", [[100, 0], [100, 0], [0, 100]]):
-        args, _ = train.parse(["--dataset", "mnist", "--device", "cpu", "--crops", crops])
+        args, _ = train.parse(["--dataset", "mnist", "--device", "cpu", "--amp", "--crops", crops])
         confusion = train.evaluate(FirstPixel(), data.Dataset(images, labels, None), args)
         assert confusion[:3, :2].tolist() == expected and confusion.sum() == 300
-    assert train.error_of(confusion) == pytest.approx(200 / 3)
+    train.show(confusion, data.SPECS["mnist"].classes, "test")
+    output = capsys.readouterr().out
+    assert "test error 66.67 %: 200 of 300 images" in output
+    assert re.search(r"^2 +0 +100 +0", output, re.MULTILINE)
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -976,7 +932,6 @@ def test_evaluate_counts_every_image_once_and_averages_probabilities_over_crops(
     (["--option", "lambda1"], "--option: invalid assignment value: 'lambda1'"),
     (["--batch-size", "0"], "--batch-size: 0: expected 1"),
     (["--lr", "nan"], "--lr: nan: expected 0 or more"),
-    (["--lr", "high"], "--lr: invalid number value: 'high'"),
     (["--device", "abacus"], "--device abacus"),
     (["--cameras", "2"], "2 cameras"),
     (["--validate", "12"], "no instance 12"),
@@ -989,7 +944,8 @@ def test_a_users_mistake_is_one_line(small_mnist, tmp_path, arguments, words):
 def test_options_of_the_routing_may_be_integers_lists_and_switches():
     for text, routing in (("num_kernels=2", "similarity"), ("phi=[8, 8]", "connectionist"),
                           ("hidden_size=8", "connectionist"), ("mean_shift=true", "similarity")):
-        train.build(*train.parse(["--no-compile", "--option", text, "--routing", routing]))
+        train.build(*train.parse(["--device", "cpu", "--compile", "--option", text, "--routing",
+                                  routing]))
 
 
 def test_learning_rate_and_epochs_follow_routing_and_data_set_unless_given(small_mnist, tmp_path):
@@ -1019,11 +975,6 @@ def test_seeds_differ_in_weights_order_and_augmentation(small_mnist, tmp_path, m
     weights = [train.build(*train.parse(["--seed", seed, "--no-compile"])).conv[0].weight
                for seed in "01"]
     assert not torch.equal(*weights)
-
-
-def test_runs_that_start_together_have_a_folder_each(tmp_path):
-    folders = [train.new_folder(tmp_path / "run") for _ in range(3)]
-    assert [folder.name for folder in folders] == ["run-1", "run-2", "run-3"]
 
 
 def test_a_failed_save_leaves_the_file_before_it(tmp_path):
