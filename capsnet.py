@@ -80,7 +80,7 @@ class Routing(nn.Module):
 
     forward(votes (..., O, I, D), log_a (..., I)) -> pose (..., O, D), logit (..., O), c (..., O, I)
         log_a is finite: an absent input has one of -1e8, say, not -inf. In EM routing it then has
-        no influence; in similarity routing it has on the first pose only, the uniform mean.
+        no influence, in similarity routing on the first pose only, the uniform mean.
         fields: (children (L, I), number of inputs): which input is in which slot; then the last
             leading dimension is L. Only EM and dynamic routing, whose output positions compete for
             the inputs that they share, look at it.

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 
 class DataError(Exception):
-    """A data set cannot be had; the text is one line that says which file or argument, and why."""
+    """No data set, or a file not written; the text is one line: which file or argument, and why."""
 
 
 class Spec(NamedTuple):
