@@ -33,7 +33,7 @@ import data
 from capsnet import ROUTINGS, CapsNet
 
 EPOCHS = {"toys": 2, "mnist": 4, "smallnorb": 45}
-LR = {"similarity": 1.2e-2, "connectionist": 3e-3, "em": 3e-3, "dynamic": 1.2e-2}  # else 3e-3
+LR = {"similarity": 1.2e-2, "connectionist": 3e-3, "em": 6e-3, "dynamic": 1.2e-2}  # else 3e-3
 WARMUP, CLIP = 10, 1.0  # steps; norm of the gradient
 ROUTING_LR = 5  # times --lr: lambda, theta and the like have further to go than W
 KERNELS = ("kernel_logit", "log_width")  # at --lr itself: at five times that they soon die
