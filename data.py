@@ -1,4 +1,4 @@
-"""The data: toys (rendered here, the default), MNIST and smallNORB, their cache and augmentation.
+"""The data: toys (rendered here, the default), MNIST and smallNORB; their augmentation.
 
 `load` gives a training and a test `Dataset`; `hold_out` takes a validation set out of the first.
 Images stay uint8 until `standardise`; `augment` and `crops` then cut the window that the network
@@ -10,12 +10,10 @@ invariance to pose and lighting", CVPR 2004; for research use only. MNIST: LeCun
 
 import contextlib
 import gzip
-import hashlib
 import http.client
 import math
 import os
 import sys
-import urllib.request
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +52,155 @@ class Dataset(NamedTuple):
     images: torch.Tensor     # (N, C, H, W) uint8
     labels: torch.Tensor     # (N,) int64
     instances: torch.Tensor  # (N,) int64: which toy of its class; of MNIST, which twelfth
+
+
+def load(name, data_dir="datasets", cameras=1):
+    """(train, test) Datasets of "toys", "mnist" or "smallnorb", from files in data_dir/name.
+
+    The official files are used where they are, raw or .gz, and downloaded where they are not. The
+    result is cached beside them, and from then on the cache is used, even alone. cameras: 1 or, for
+    smallnorb, 2; they become the channels. Raises DataError.
+    """
+    if name not in SPECS or cameras not in range(1, SPECS[name].cameras + 1):
+        raise DataError(f"data set {name!r} with {cameras} cameras: expected one of "
+                        f"{', '.join(SPECS)}; cameras 2 with smallnorb only")
+    folder = Path(data_dir) / name
+    cache = folder / f"cache-{cameras}.pt"
+    try:
+        cached = torch.load(cache, weights_only=True)
+        splits = Dataset(*cached["train"]), Dataset(*cached["test"])
+        _note(f"data: {cache}; delete it when the files beside it change")
+        return splits
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # a damaged or hostile file can raise anything
+        _note(f"warning: {cache}: not a usable cache ({type(error).__name__}), made anew")
+
+    if name == "toys":
+        _note("rendering toys")
+        splits = render_toys(range(10)), render_toys(range(10, 20))
+    else:
+        arrays, half = [_read(folder, file) for file in FILES[name]], len(FILES[name]) // 2
+        splits = tuple(_dataset(name, cameras, *part) for part in (arrays[:half], arrays[half:]))
+    try:
+        with written_aside(cache) as aside:
+            torch.save({"train": tuple(splits[0]), "test": tuple(splits[1])}, aside)
+    except DataError as error:
+        _note(f"warning: {error}")
+    return splits
+
+
+def _note(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def written_aside(path):
+    """A name beside `path` that becomes `path` at the end, whole, or on failure leaves no trace."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise DataError(f"{path}: cannot be written ({' '.join(str(error).split())})") from error
+    finally:
+        if aside.exists():
+            aside.unlink()
+
+
+# ---------------------------------------------------------------------------- the official files
+
+
+class File(NamedTuple):
+    """A published file: sha256 of `name`.gz; of `name` the header's bytes, and what follows it."""
+
+    name: str
+    header: int
+    dtype: str
+    shape: tuple
+    sha256: str
+
+
+_TRAIN = "smallnorb-5x46789x9x18x6x2x96x96-training-"
+_TEST = "smallnorb-5x01235x9x18x6x2x96x96-testing-"
+FILES = {  # of each data set: images, labels (and info) of the training split, then of the test
+    "smallnorb": (
+        File(_TRAIN + "dat.mat", 24, "u1", (24300, 2, 96, 96),
+             "5ffd6272a07d32695ee1082a26a41a93a37aab8c28da047f8c34ed348d214873"),
+        File(_TRAIN + "cat.mat", 20, "<i4", (24300,),
+             "2784e542c1922060691090952b6cd6278879a216c90f81476f0f00256d42cdaa"),
+        File(_TRAIN + "info.mat", 20, "<i4", (24300, 4),
+             "de7eb932ebe7a4ee16217fead60660d0eb3d23632c2f4d1c51f88c501c17bf32"),
+        File(_TEST + "dat.mat", 24, "u1", (24300, 2, 96, 96),
+             "cf7104eed3e51174d2f65b66d1e5878b9da233b886f161b0d88f4510ba2c7474"),
+        File(_TEST + "cat.mat", 20, "<i4", (24300,),
+             "ecaf6d5bb8c3bc5eab9cf0258f6d2198dd474e016e374836fc097f2e5ff509ff"),
+        File(_TEST + "info.mat", 20, "<i4", (24300, 4),
+             "16adf314226327ee006d1a44db8cfef52773c06c829951d5653a9f6f310248a2")),
+    "mnist": (
+        File("train-images-idx3-ubyte", 16, "u1", (60000, 28, 28),
+             "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
+        File("train-labels-idx1-ubyte", 8, "u1", (60000,),
+             "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
+        File("t10k-images-idx3-ubyte", 16, "u1", (10000, 28, 28),
+             "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
+        File("t10k-labels-idx1-ubyte", 8, "u1", (10000,),
+             "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6")),
+}
+MIRRORS = {
+    "smallnorb": ("https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/",),
+    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/",
+              "https://storage.googleapis.com/cvdf-datasets/mnist/"),
+}
+
+
+def _download(folder, file):
+    """The path of file.gz in `folder`, from the first mirror that has it right."""
+    path, reasons = folder / (file.name + ".gz"), []
+    for mirror in MIRRORS[folder.name]:
+        _note(f"downloading {mirror}{path.name}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(mirror + path.name, str(path), file.sha256)
+            return path
+        except (OSError, RuntimeError, http.client.HTTPException) as error:  # its own: the hash
+            reasons.append(f"{mirror}: {' '.join(str(error).split())}")
+    raise DataError(f"{path}: download failed ({'; '.join(reasons)}); get {mirror}{path.name} by "
+                    f"other means and put it in {folder}")
+
+
+def _read(folder, file):
+    """The array of a published file, raw or .gz. No more is read than was published."""
+    raw, packed = folder / file.name, folder / (file.name + ".gz")
+    path = next((p for p in (raw, packed) if p.is_file()), None) or _download(folder, file)
+    size = file.header + math.prod(file.shape) * np.dtype(file.dtype).itemsize
+    try:
+        with (open if path == raw else gzip.open)(path, "rb") as stream:
+            content = stream.read(size + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({error}), expected the published file; replace "
+                        "or remove it") from error
+    if len(content) != size:
+        raise DataError(f"{path}: {len(content)} bytes or more, expected {size} unpacked; replace "
+                        "or remove it")
+    array = np.frombuffer(content, file.dtype, offset=file.header).reshape(file.shape)
+    if array.ndim == 1 and not 0 <= array.min() <= array.max() < len(SPECS[folder.name].classes):
+        raise DataError(f"{path}: labels {array.min()} to {array.max()}, expected 0 to "
+                        f"{len(SPECS[folder.name].classes) - 1}; replace or remove it")
+    return array
+
+
+def _dataset(name, cameras, pixels, labels, info=None):
+    if name == "mnist":  # zeros around, so that there is room for random crops
+        images = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))[:, None]
+        instances = np.arange(len(labels)) * 12 // len(labels)
+    else:  # from 96x96 to 48x48, by the rounded mean of 2x2 pixels
+        blocks = pixels[:, :cameras].reshape(-1, cameras, 48, 2, 48, 2)
+        images = ((blocks.sum((3, 5), dtype=np.uint16) + 2) // 4).astype(np.uint8)
+        instances = info[:, 0]
+    return Dataset(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)),
+                   torch.from_numpy(instances.astype(np.int64)))
 
 
 # ---------------------------------------------------------------------------- what training uses
@@ -115,136 +262,6 @@ def hold_out(train, instance):
     return Dataset(*(part[~held] for part in train)), Dataset(*(part[held] for part in train))
 
 
-# ---------------------------------------------------------------------------- the official files
-
-
-class Source(NamedTuple):
-    """A published file: `name`.gz has `packed` bytes and `sha256`, `name` has `size` bytes.
-
-    content: first digits of the sha256 of `name`, for a warning; "" where not published.
-    """
-
-    name: str
-    packed: int
-    size: int
-    content: str
-    sha256: str
-
-
-_TRAIN = "smallnorb-5x46789x9x18x6x2x96x96-training-"
-_TEST = "smallnorb-5x01235x9x18x6x2x96x96-testing-"
-SOURCES = {  # of each data set: images, labels (and info) of the training split, then of the test
-    "smallnorb": (
-        Source(_TRAIN + "dat.mat", 131896188, 447897624, "4813bf104d229583",
-               "5ffd6272a07d32695ee1082a26a41a93a37aab8c28da047f8c34ed348d214873"),
-        Source(_TRAIN + "cat.mat", 348, 97220, "591ed90c090cb672",
-               "2784e542c1922060691090952b6cd6278879a216c90f81476f0f00256d42cdaa"),
-        Source(_TRAIN + "info.mat", 71052, 388820, "",
-               "de7eb932ebe7a4ee16217fead60660d0eb3d23632c2f4d1c51f88c501c17bf32"),
-        Source(_TEST + "dat.mat", 130799817, 447897624, "2b1de646c57ffdc2",
-               "cf7104eed3e51174d2f65b66d1e5878b9da233b886f161b0d88f4510ba2c7474"),
-        Source(_TEST + "cat.mat", 347, 97220, "591ed90c090cb672",
-               "ecaf6d5bb8c3bc5eab9cf0258f6d2198dd474e016e374836fc097f2e5ff509ff"),
-        Source(_TEST + "info.mat", 10428, 388820, "318f817236b7c97a",
-               "16adf314226327ee006d1a44db8cfef52773c06c829951d5653a9f6f310248a2")),
-    "mnist": (
-        Source("train-images-idx3-ubyte", 9912422, 47040016, "ba891046e6505d7a",
-               "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
-        Source("train-labels-idx1-ubyte", 28881, 60008, "65a50cbbf4e906d7",
-               "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
-        Source("t10k-images-idx3-ubyte", 1648877, 7840016, "0fa7898d509279e4",
-               "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
-        Source("t10k-labels-idx1-ubyte", 4542, 10008, "ff7bcfd416de3373",
-               "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6")),
-    "toys": (),
-}
-MIRRORS = {
-    "smallnorb": ("https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/",),
-    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/",
-              "https://storage.googleapis.com/cvdf-datasets/mnist/"),
-}
-LAYOUTS = {  # of each kind of file: bytes of the header, shape of an item, type of the numbers
-    "dat.mat": (24, (2, 96, 96), "u1"),
-    "cat.mat": (20, (), "<i4"),
-    "info.mat": (20, (4,), "<i4"),
-    "images-idx3-ubyte": (16, (28, 28), "u1"),
-    "labels-idx1-ubyte": (8, (), "u1"),
-}
-
-
-def _note(text):
-    print(text, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def written_aside(path):
-    """A name beside `path` that becomes `path` at the end, whole, or on failure leaves no trace."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise DataError(f"{path}: cannot be written ({' '.join(str(error).split())})") from error
-    finally:
-        if aside.exists():
-            aside.unlink()
-
-
-def _download(path, source, mirrors):
-    """Put the published file at `path`, from the first mirror that has it right."""
-    reasons = []
-    for mirror in mirrors:
-        try:
-            with urllib.request.urlopen(mirror + path.name, timeout=30) as reply:
-                _note(f"downloading {path.name}, {source.packed / 1e6:.1f} MB")
-                content = reply.read(source.packed + 1)
-            digest = hashlib.sha256(content).hexdigest()
-            if digest != source.sha256:
-                raise OSError(f"{len(content)} bytes came, expected {source.packed} with sha256 "
-                              f"{source.sha256[:8]}...: an error page, or cut off")
-            with written_aside(path) as aside:
-                aside.write_bytes(content)
-            return
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            reasons.append(f"{mirror}: {' '.join(str(error).split())}")
-    raise DataError(f"{path}: download failed ({'; '.join(reasons)}); get "
-                    f"{mirrors[0]}{path.name} by other means and put it in {path.parent}")
-
-
-def _read(path, source):
-    """The items of a raw or .gz file as one array. No more is read than was published."""
-    header, shape, dtype = next(v for k, v in LAYOUTS.items() if source.name.endswith(k))
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            content = file.read(source.size + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({error}), expected the published file; replace "
-                        "or remove it") from error
-    if len(content) != source.size:
-        raise DataError(f"{path}: {len(content)} bytes or more, expected {source.size} unpacked; "
-                        "replace or remove it")
-    if not hashlib.sha256(content).hexdigest().startswith(source.content):
-        _note(f"warning: {path}: not the published content, by its sha256; used as it is")
-    return np.frombuffer(content, dtype, offset=header).reshape(-1, *shape)
-
-
-def _read_split(name, paths, sources, cameras):
-    arrays = [_read(path, source) for path, source in zip(paths, sources)]
-    pixels, labels = arrays[0], torch.from_numpy(arrays[1].astype(np.int64))
-    if name == "mnist":  # zeros around, so that there is room for random crops
-        images = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))[:, None]
-        instances = torch.arange(len(labels)) * 12 // len(labels)
-    else:  # from 96x96 to 48x48, by the rounded mean of 2x2 pixels
-        blocks = pixels[:, :cameras].reshape(-1, cameras, 48, 2, 48, 2)
-        images = ((blocks.sum((3, 5), dtype=np.uint16) + 2) // 4).astype(np.uint8)
-        instances = torch.from_numpy(arrays[2][:, 0].astype(np.int64))
-    low, high, classes = labels.min(), labels.max(), len(SPECS[name].classes)
-    if low < 0 or high >= classes:
-        raise DataError(f"{paths[1]}: labels {low} to {high}, expected 0 to {classes - 1}")
-    return Dataset(torch.from_numpy(images), labels, instances)
-
-
 # -------------------------------------------------------------------------------------- the toys
 
 # Ellipsoids: centre (forward, left, up), radii, shade. Those with left > 0 have a mirror image.
@@ -263,7 +280,6 @@ SOLIDS = (
     ((0, 0, .24, .68, .28, .14, 1), (-.06, 0, .4, .34, .23, .17, 1.5),
      (.4, .24, .12, .13, .06, .12, .3), (-.4, .24, .12, .13, .06, .12, .3)),  # car
 )
-TOY_INSTANCES, TOY_VIEWS = {"train": range(10), "test": range(10, 20)}, 50
 
 
 def _solid(category, generator):
@@ -319,7 +335,7 @@ def _render(parts, azimuth, elevation, lamp):
     return (255 * shade).round().byte().view(-1, 1, n, n)
 
 
-def render_toys(instances, views):
+def render_toys(instances, views=50):
     """A stand-in for smallNORB: its categories, each instance of random proportions and shade,
     seen from above at 30 to 70 degrees from all sides. The same on every call."""
     images, labels, found = [], [], []
@@ -334,58 +350,3 @@ def render_toys(instances, views):
             labels += [category] * views
             found += [instance] * views
     return Dataset(torch.cat(images), torch.tensor(labels), torch.tensor(found))
-
-
-# ------------------------------------------------------------------------------- cache and loading
-
-FORMAT = 1  # of the caches; goes up when the pixels change
-
-
-def load(name, data_dir="datasets", cameras=1):
-    """(train, test) Datasets of "toys", "mnist" or "smallnorb", from files in data_dir/name.
-
-    The official files are used where they are, raw or .gz, and downloaded where they are not. The
-    result is cached there; the cache serves as long as no official file beside it has changed,
-    and also alone. cameras: 1 or, for smallnorb, 2; they become the channels. Raises DataError.
-    """
-    if name not in SPECS or cameras not in range(1, SPECS[name].cameras + 1):
-        raise DataError(f"data set {name!r} with {cameras} cameras: expected one of "
-                        f"{', '.join(SPECS)}; cameras 2 with smallnorb only")
-    folder, sources = Path(data_dir) / name, SOURCES[name]
-    cache = folder / f"cache-{cameras}.pt"
-
-    def present(source):
-        found = (folder / (source.name + ending) for ending in ("", ".gz"))
-        return next((path for path in found if path.is_file()), None)
-
-    def recipe():
-        stats = [(path.name, path.stat()) for path in map(present, sources) if path]
-        return [f"format {FORMAT}", *(f"{file} {s.st_size} {s.st_mtime_ns}" for file, s in stats)]
-
-    try:
-        cached = torch.load(cache, weights_only=True)
-        splits = Dataset(*cached["train"]), Dataset(*cached["test"])
-        if set(recipe()) <= set(cached["recipe"]):
-            return splits
-    except FileNotFoundError:
-        pass
-    except Exception as error:  # a damaged or hostile file can raise anything
-        _note(f"warning: {cache}: not a usable cache ({type(error).__name__}), made anew")
-
-    for source in sources:
-        if not present(source):
-            _download(folder / (source.name + ".gz"), source, MIRRORS[name])
-    made_from, paths, half = recipe(), [present(source) for source in sources], len(sources) // 2
-    if name == "toys":
-        _note("rendering toys")
-        splits = tuple(render_toys(which, TOY_VIEWS) for which in TOY_INSTANCES.values())
-    else:  # the files of the training split, then those of the test
-        splits = tuple(_read_split(name, paths[part], sources[part], cameras)
-                       for part in (slice(half), slice(half, None)))
-    try:
-        with written_aside(cache) as aside:
-            torch.save({"recipe": made_from, "train": tuple(splits[0]), "test": tuple(splits[1])},
-                       aside)
-    except DataError as error:
-        _note(f"warning: {error}")
-    return splits

@@ -6,6 +6,7 @@ capsules that each of the L output positions sees. It returns (pose, logit, comp
 position l and output j. Comparisons are in float64, of values and of all gradients.
 """
 
+import copy
 import csv
 import gzip
 import hashlib
@@ -33,15 +34,14 @@ import data
 import train
 from capsnet import CapsNet, ConvCaps
 
+HERE = Path(cn.__file__).parent
 MAKE = {
     "similarity": lambda o: cn.SimilarityRouting(o, num_kernels=2),
-    "mean_shift": lambda o: cn.SimilarityRouting(o, num_kernels=2, mean_shift=True),
     "connectionist": lambda o: cn.ConnectionistRouting(o, 2, hidden_size=3, phi=(4,), psi=(6, 5)),
     "em": cn.EMRouting,
     "dynamic": cn.DynamicRouting,
 }
 every_routing = pytest.mark.parametrize("name", MAKE)
-every_network = pytest.mark.parametrize("name", cn.ROUTINGS)
 
 
 @pytest.fixture(autouse=True)
@@ -98,8 +98,6 @@ def oracle_similarity(r, j, v, a):
     w = [x.exp() / sum(y.exp() for y in r.kernel_logit) for x in r.kernel_logit]
     gauss = lambda mu, i, s: (-sum((mu - v[i]) ** 2) / (2 * s**2)).exp()
     k = lambda mu, i: sum(w_q * gauss(mu, i, s) for w_q, s in zip(w, r.log_width.exp()))
-    g = lambda mu, i: sum(w_q * gauss(mu, i, s) / (2 * s**2)
-                          for w_q, s in zip(w, r.log_width.exp()))
     c = [v.new_tensor(1 / n)] * n
     mu = weighted_sum(c, v)
     for _ in range(r.iterations):
@@ -107,15 +105,14 @@ def oracle_similarity(r, j, v, a):
         e = [a[i] ** (lambda2 / (lambda1 + lambda2)) * (k(mu, i) / (lambda1 + lambda2)).exp()
              for i in range(n)]
         c = [x / sum(e) for x in e]
-        step = [c[i] * g(mu, i) for i in range(n)] if r.mean_shift else c
-        mu = weighted_sum(step, v) / sum(step)
+        mu = weighted_sum(c, v)
     agreement = weighted_sum(c, [k(mu, i) for i in range(n)])
     logit = theta1 * agreement + theta2 + theta3.abs() * weighted_sum(c, a.log())
     return mu, logit, torch.stack(c)
 
 
 def oracle_connectionist(r, j, v, a):
-    """Algorithm 2: the LSTM cell sees the concatenated [mu, v, a, c] of one vote at a time."""
+    """Algorithm 2: PyTorch's LSTM cell sees the concatenated [mu, v, a, c], vote by vote."""
     n, zero = len(v), v.new_zeros(1, r.cell.hidden_size)
     c, state = [v.new_tensor(1 / n)] * n, [(zero, zero)] * n
     mu = weighted_sum(c, v)
@@ -170,19 +167,19 @@ def oracle_dynamic(r, votes, a, fields):
         for ps in parents:
             c.update({p: b[p].exp() / sum(b[q].exp() for q in ps) for p in ps})
         for l, j in product(range(L), range(O)):
-            s = sum(c[l, i, j] * r.gain * votes[l, j, i] for i in range(I))
+            v = [r.gain * a[l, i] * votes[l, j, i] for i in range(I)]
+            s = sum(c[l, i, j] * v[i] for i in range(I))
             n2 = sum(s * s)
             mu = n2 / (1 + n2) * s / n2.sqrt()
             result[l, j] = mu, torch.logit(sum(mu**2).sqrt()), torch.stack(
                 [c[l, i, j] for i in range(I)])
             for i in range(I):
-                b[l, i, j] = b[l, i, j] + sum(r.gain * votes[l, j, i] * mu)
+                b[l, i, j] = b[l, i, j] + sum(v[i] * mu)
     return result
 
 
-ORACLES = {
-    "similarity": per_capsule(oracle_similarity), "mean_shift": per_capsule(oracle_similarity),
-    "connectionist": per_capsule(oracle_connectionist), "em": oracle_em, "dynamic": oracle_dynamic}
+ORACLES = {"similarity": per_capsule(oracle_similarity), "em": oracle_em, "dynamic": oracle_dynamic,
+           "connectionist": per_capsule(oracle_connectionist)}
 
 
 def oracle_layer(name, layer, pose, logit):
@@ -192,14 +189,10 @@ def oracle_layer(name, layer, pose, logit):
                        for n, k, s in zip(grid, layer.kernel_size, layer.stride)))
     fields = [[(c, *(x + d for x, d in zip(start, offset))) for c in range(channels)
                for offset in product(*map(range, layer.kernel_size))] for start in starts]
-    votes = []
-    for field, j in product(fields, range(layer.weight.shape[1])):
-        for w, child in zip(layer.weight[:, j], field):
-            m = pose[child] / frobenius(pose[child])
-            if name == "dynamic":
-                m = m * logit[child].sigmoid()
-            votes.append(w / frobenius(w) @ m)
-    votes = torch.stack(votes).view(len(fields), -1, len(fields[0]), w.numel())
+    votes = torch.stack([w / frobenius(w) @ (pose[child] / frobenius(pose[child]))
+                         for field, j in product(fields, range(layer.weight.shape[1]))
+                         for w, child in zip(layer.weight[:, j], field)])
+    votes = votes.view(len(fields), -1, len(fields[0]), votes[0].numel())
     a = torch.stack([torch.stack([logit[x].sigmoid() for x in field]) for field in fields])
     return ORACLES[name](layer.routing, votes, a, fields)
 
@@ -216,9 +209,9 @@ def objective(k, c, a, lambda1, lambda2):
 
 
 def test_routing_objective_equals_the_sums_of_equation_2():
-    k, z, log_a, lambdas = rand(3, 5), rand(3, 5), rand(3, 5), rand(2)
-    c = z.softmax(-1)
-    expected = torch.stack([objective(*x, *lambdas) for x in zip(k, c, log_a.exp())])
+    k, z, log_a, lambdas = rand(5, 3), rand(5, 3), rand(5, 3), rand(2)
+    c = z.softmax(0)
+    expected = objective(k, c, log_a.exp(), *lambdas)
     actual = cn.routing_objective(k, c, log_a, *lambdas)
     assert_same([actual], [expected], [k, z, log_a, lambdas])
     one_hot = torch.eye(4).double()[0]  # 0 log 0 = 0
@@ -231,14 +224,14 @@ def test_no_point_of_the_simplex_has_a_lower_objective_than_update_compatibility
     k, a = torch.rand(6).double(), torch.rand(6).double()
     c = cn.update_compatibility(k, a.log(), *lambdas)
     z = c.log().requires_grad_()
-    slope, = grad(objective(k, z.softmax(-1), a, *lambdas), z)
+    slope, = grad(objective(k, z.softmax(0), a, *lambdas), z)
     assert slope.abs().max() < 1e-12  # stationary, and J is convex in c
 
 
 def test_compatibilities_sum_to_one_over_the_inputs_and_not_over_the_outputs():
-    c = cn.update_compatibility(rand(2, 3, 4), rand(2, 1, 4), 0.5, 0.5)
-    torch.testing.assert_close(c.sum(-1), torch.ones_like(c[..., 0]))
-    assert (c.sum(-2) - 1).abs().min() > 0.01
+    c = cn.update_compatibility(rand(4, 3, 2), rand(4, 1, 2), 0.5, 0.5)
+    torch.testing.assert_close(c.sum(0), torch.ones_like(c[0]))
+    assert (c.sum(1) - 1).abs().max() > 0.1
 
 
 def test_compatibility_limits_are_uniform_activation_and_winner_takes_all():
@@ -250,61 +243,61 @@ def test_compatibility_limits_are_uniform_activation_and_winner_takes_all():
 
 
 def test_update_pose_minimises_the_quadratic_objective():
-    c, v, log_a = rand(6).softmax(-1), rand(6, 4), rand(6)
+    c, v, log_a = rand(6, 2, 3).softmax(0), rand(6, 2, 4, 3), rand(6, 1, 3)
     mu = cn.update_pose(c, v)
     j = cn.routing_objective(-cn.squared_distance(mu, v), c, log_a, 1.0, 1.0)
-    assert grad(j, mu)[0].abs().max() < 1e-12
+    assert grad(j.sum(), mu)[0].abs().max() < 1e-12
 
 
-def objectives(routing, votes, log_a, steps=8):
-    """J after every half-step of the alternation, (2 * steps, ..., O)."""
-    mu, js = votes.mean(-2), []
+def objectives(routing, step, votes, log_a, steps=8):
+    """J after every half-step of the alternation, (2 * steps, O, N)."""
+    mu, js = votes.mean(0), []
     for _ in range(steps):
         c, _ = routing.compatibility(mu, votes, log_a, None, None)
-        for half_step in (mu, routing.pose(mu, votes, c)):
+        for half_step in (mu, step(routing, mu, votes, c)):
             mu, k = half_step, routing.similarity(half_step, votes)
             js.append(cn.routing_objective(k, c, log_a, *routing.lambdas()))
     return torch.stack(js)
 
 
+def test_mean_shift_equals_its_formula():
+    routing = small_routing("similarity")
+    votes, mu, c = rand(5, 2, 3, 4), rand(2, 3, 4), rand(5, 2, 4).softmax(0)
+    d2 = cn.squared_distance(mu, votes).detach().requires_grad_()
+    w, s = routing.kernel_logit.softmax(0), routing.log_width.exp()
+    k = sum(w_q * (-d2 / (2 * s_q**2)).exp() for w_q, s_q in zip(w, s))
+    cg = c * -grad(k.sum(), d2)[0]
+    expected = (cg.unsqueeze(2) * votes).sum(0) / cg.sum(0).unsqueeze(1)
+    torch.testing.assert_close(cn.mean_shift(routing, mu, votes, c), expected)
+
+
 @torch.no_grad()
 def test_mean_shift_never_raises_the_objective_even_where_every_gaussian_underflows():
-    routing = small_routing("mean_shift", outputs=50)
+    routing = small_routing("similarity", outputs=50)
     routing.log_lambda.uniform_(-5, 2)
-    spread = torch.logspace(-2, 3, 40).double().view(-1, 1, 1, 1)
-    votes, log_a = spread * rand(40, 50, 7, 3), torch.rand(40, 1, 7).double().log()
-    assert (routing.similarity(votes.mean(-2), votes) == 0).all(-1).any()
-    js = objectives(routing, votes, log_a)
+    votes = torch.logspace(-2, 3, 40).double() * rand(7, 50, 3, 40)
+    log_a = torch.rand(7, 1, 40).double().log()
+    assert (routing.similarity(votes.mean(0), votes) == 0).all(0).any()
+    js = objectives(routing, cn.mean_shift, votes, log_a)
     assert (js.diff(dim=0) <= 1e-12 * js[1:].abs().clamp_min(1)).all()
     assert (js[-1] < js[0] - 0.1).any()
-
-
-def test_mean_shift_gives_an_absent_input_no_share():
-    """Though its vote is near the mean, and all others are far from it for so narrow a kernel."""
-    routing = cn.SimilarityRouting(1, widths=(0.07, 0.07), iterations=1, mean_shift=True)
-    votes = torch.tensor([1.0, -1.0, 0.05]).view(1, 3, 1)
-    mu, logit, c = routing(votes, torch.tensor([0.0, 0.0, -1e8]))
-    assert c[0, 2] == 0 and mu.item() == pytest.approx(0.998, abs=1e-3)
 
 
 @torch.no_grad()
 def test_the_papers_mean_can_raise_the_objective_where_mean_shift_lowers_it():
     """Three votes agree; the outlier's activation drags the mean away from all four."""
-    votes = torch.tensor([0.0, 0.0, 0.0, 3.0]).double().view(1, 4, 1)
-    log_a = torch.tensor([[0.2, 0.2, 0.2, 0.4]]).double().log()
-    rise = []
-    for mean_shift in (False, True):
-        routing = cn.SimilarityRouting(1, num_kernels=1, widths=(1, 1), lambda1=1e-3,
-                                       lambda2=100.0, mean_shift=mean_shift).double()
-        rise.append(objectives(routing, votes, log_a, 1).diff(dim=0).item())
+    votes = torch.tensor([0.0, 0.0, 0.0, 3.0]).double().view(4, 1, 1, 1)
+    log_a = torch.tensor([0.2, 0.2, 0.2, 0.4]).double().log().view(4, 1, 1)
+    routing = cn.SimilarityRouting(1, num_kernels=1, widths=(1, 1), lambda1=1e-3, lambda2=100.0)
+    rise = [objectives(routing.double(), step, votes, log_a, 1).diff(dim=0).item()
+            for step in (lambda routing, mu, votes, c: cn.update_pose(c, votes), cn.mean_shift)]
     assert rise[0] > 0.1 and rise[1] < -0.01
 
 
-def test_shares_of_parents_at_one_position_and_of_logits_whose_exponentials_overflow():
-    logits = rand(3, 3, 4)
-    alone = cn.log_softmax_over_parents(logits, None)
-    assert_same([alone], [logits.log_softmax(1)], [logits])
-    fields = torch.tensor([[0, 1, 2, 5], [1, 2, 3, 5], [2, 3, 4, 5]]), 6
+def test_shares_of_parents_of_one_field_alone_and_of_logits_whose_exponentials_overflow():
+    logits = rand(4, 3, 2)
+    assert_same([cn.log_softmax_over_parents(logits, None)], [logits.log_softmax(1)], [logits])
+    logits, fields = rand(4, 3, 3), (torch.tensor([[0, 1, 2, 5], [1, 2, 3, 5], [2, 3, 4, 5]]).T, 6)
     for shift in (-1e4, 1e4):
         torch.testing.assert_close(cn.log_softmax_over_parents(logits + shift, fields),
                                    cn.log_softmax_over_parents(logits, fields))
@@ -322,44 +315,48 @@ CASES = {  # grid, kernel, stride
 
 @pytest.mark.parametrize("case", CASES)
 @every_routing
-def test_layer_equals_the_loop_oracle(name, case):
+def test_layer_equals_the_loop_oracle_on_each_of_two_images(name, case):
     grid, kernel, stride = CASES[case]
     layer = small_layer(name, kernel, stride, len(grid))
     layer.routing.iterations = 3
-    pose, logit = rand(1, 2, *grid, 2, 2), rand(1, 2, *grid)
-    result = oracle_layer(name, layer, pose[0], logit[0])
+    pose, logit = rand(2, 2, *grid, 2, 2), rand(2, 2, *grid)
     mu, out, c = layer(pose, logit)
     assert out.shape[2:] == tuple(
         (n - k) // s + 1 for n, k, s in zip(grid, layer.kernel_size, layer.stride))
-    actual = [mu[0].flatten(1, -3).flatten(-2), out[0].flatten(1), c[0].flatten(1, -2)]  # (O, L, .)
-    expected = [torch.stack([result[l, j][x] for j, l in product(*map(range, actual[1].shape))])
-                .view_as(actual[x]) for x in range(3)]
-    slopes = assert_same(actual, expected, [pose, logit, *layer.parameters()])
-    assert all(g.any() for g in slopes[2:])  # nothing hides behind a zero
+    for b in range(2):
+        result = oracle_layer(name, layer, pose[b], logit[b])
+        actual = [mu[b].flatten(1, -3).flatten(-2), out[b].flatten(1), c[b].flatten(1, -2)]
+        expected = [torch.stack([result[l, j][x] for j, l in
+                                 product(*map(range, actual[1].shape))]).view_as(actual[x])
+                    for x in range(3)]  # (O, L, .)
+        slopes = assert_same(actual, expected, [pose, logit, *layer.parameters()])
+        assert all(g.any() for g in slopes[2:])  # nothing hides behind a zero
 
 
-@every_routing
-def test_no_iterations_leave_the_mean_vote(name):
-    routing, votes = small_routing(name, 3), rand(2, 3, 5, 4)
+def test_similarity_without_iterations_is_the_mean_vote_and_the_others_refuse():
+    routing, votes = small_routing("similarity", 3), rand(5, 3, 4, 2)
     routing.iterations = 0
-    mu, logit, c = routing(votes, -rand(2, 5).abs())
-    torch.testing.assert_close(mu, votes.mean(-2))
-    assert c.eq(1 / 5).all() and logit.shape == (2, 3)
+    mu, logit, c = routing(votes, -rand(5, 1, 2).abs())
+    torch.testing.assert_close(mu, votes.mean(0))
+    assert c.eq(1 / 5).all() and logit.shape == (3, 2)
+    for other in (cn.ConnectionistRouting, cn.EMRouting, cn.DynamicRouting):
+        with pytest.raises(ValueError, match="iterations=0: expected 1 or more"):
+            other(3, iterations=0)
 
 
 # ---------------------------------------------------------------------------------- gradients
 
 
 def test_gradients_of_the_equations_are_exact():
-    fields, x = (torch.tensor([[0, 1, 2], [1, 2, 3]]), 5), (2, 3)
+    fields, x = (torch.tensor([[0, 1, 2], [1, 2, 3]]).T, 5), (3, 2)
     for function, *shapes in (
-            (cn.compute_votes, (2, 3, 2, 2), (3, 2, 2, 2)),
+            (cn.compute_votes, (3, 2, 2, 2), (3, 2, 2, 2)),
             (lambda k, a, *l: cn.update_compatibility(k, a, *(y.exp() for y in l)),
              x, x, (1,), (1,)),
-            (cn.update_pose, x, (2, 3, 4)),
-            (lambda k, z, *y: cn.routing_objective(k, z.softmax(-1), *y), x, x, x, (2, 1), (1,)),
-            (cn.squared_distance, (2, 4), (2, 3, 4)),
-            (lambda z: cn.log_softmax_over_parents(z, fields), (2, 2, 3))):
+            (cn.update_pose, (3, 2, 2), (3, 2, 4, 2)),
+            (lambda k, z, *y: cn.routing_objective(k, z.softmax(0), *y), x, x, x, (2,), (1,)),
+            (cn.squared_distance, (2, 4, 2), (3, 2, 4, 2)),
+            (lambda z: cn.log_softmax_over_parents(z, fields), (3, 2, 2))):
         assert gradcheck(function, [rand(*shape) for shape in shapes])
 
 
@@ -404,15 +401,34 @@ def test_parameters_number_86408_and_those_of_the_routing(name, routing):
     assert sum(p.numel() for p in CapsNet((1, 32, 32), 5, name).parameters()) == 86408 + routing
 
 
+def test_sizes_do_not_depend_on_what_a_routing_is_called(monkeypatch):
+    class Mine(cn.SimilarityRouting):
+        pass
+
+    monkeypatch.setitem(cn.ROUTINGS, "mine", (Mine, *cn.ROUTINGS["similarity"][1:]))
+    mine, plain = (CapsNet((1, 17, 17), 2, name).class_caps.routing
+                   for name in ("mine", "similarity"))
+    assert type(mine) is Mine and len(mine.kernel_logit) == 10 and mine.theta[0, 0] == 60
+    assert {n: p.shape for n, p in mine.named_parameters()} == {
+        n: p.shape for n, p in plain.named_parameters()}
+
+
+def test_parameter_groups_give_the_routings_own_parameters_five_times_the_rate():
+    net = CapsNet((1, 17, 17), 2)
+    slow, fast = net.parameter_groups(1e-3)
+    assert fast["lr"] == 5 * slow["lr"] == 5e-3
+    assert {*fast["params"]} == {p for layer in (net.caps1, net.caps2, net.class_caps)
+                                 for p in (layer.routing.log_lambda, layer.routing.theta)}
+    assert len(slow["params"]) + len(fast["params"]) == len([*net.parameters()])
+
+
 @torch.no_grad()
 def test_initial_values():
-    routing = cn.SimilarityRouting(2, num_kernels=3, lambda1=0.3)
+    routing = cn.SimilarityRouting(16, num_kernels=3, lambda1=0.3)
     for parameter, expected in (
-            (routing.lambdas()[..., 0], [[0.3, 0.3], [0.2, 0.2]]),
-            (routing.theta, [[20.0, 20.0], [0.0, 0.0], [1.0, 1.0]]),
+            (routing.lambdas()[:, 0, 0], [0.3, 0.2]), (routing.theta[:, 1], [20.0, 0.0, 1.0]),
             (routing.log_width.exp(), [0.1, 0.1**0.5, 1.0])):
         torch.testing.assert_close(parameter, torch.tensor(expected))
-    assert CapsNet((1, 17, 17), 2).class_caps.routing.theta[0].tolist() == [60, 60]
     connectionist = cn.ConnectionistRouting(1, psi=(500,))
     mu_and_v, a_and_c = connectionist.cell.weight_ih.split([32, 2], 1)
     assert 0.9 < mu_and_v.abs().max() <= 1 and a_and_c.abs().max() <= 0.25
@@ -429,7 +445,7 @@ def test_initial_values():
 @torch.no_grad()
 def test_the_results_weights_still_mean_what_they_meant(name, expected):
     """All that is in no state_dict, such as iterations, and how the layers are put together."""
-    path = Path(cn.__file__).parent / "results" / f"smallnorb-{name}" / "weights.pt"
+    path = HERE / "results" / f"smallnorb-{name}" / "weights.pt"
     net = CapsNet((1, 32, 32), 5, name).eval()
     net.load_state_dict(torch.load(path)["model"])
     logits = net(torch.linspace(0, 40, 1024).sin().view(1, 1, 32, 32))[1]
@@ -445,19 +461,24 @@ def test_image_shapes(shape):
     assert poses.isfinite().all() and logits.isfinite().all()
 
 
-@every_network
+@every_routing
 def test_batch_of_one_or_none_equals_the_same_images_in_a_batch(name):
     net, images = tiny_net(name).double(), rand(3, 1, 17, 19)
     poses, logits = net(images)
     torch.testing.assert_close(net(images[1:2]), (poses[1:2], logits[1:2]))
     torch.testing.assert_close(net(images[:0]), (poses[:0], logits[:0]))
+    one_by_one = torch.func.vmap(lambda image: net(image[None])[1][0])(images)
+    torch.testing.assert_close(one_by_one, logits)
     net.to(memory_format=torch.channels_last)
     torch.testing.assert_close(net(images), (poses, logits))
     assert net.bfloat16()(images.bfloat16())[1].isfinite().all()
     assert logits.dtype == torch.float64 and logits.std(0).min() > 1e-9
+    with torch.device("meta"):
+        net = CapsNet((1, 17, 17), 3, name)
+    assert net(torch.empty(2, 1, 17, 17, device="meta"))[1].shape == (2, 3)
 
 
-@every_network
+@every_routing
 def test_every_parameter_gets_a_gradient(name):
     net = tiny_net(name).train()
     poses, logits = net(torch.randn(4, 1, 17, 19))
@@ -470,11 +491,9 @@ def test_every_parameter_gets_a_gradient(name):
     (lambda: CapsNet((1, 32, 32), 5, "magic"), "'magic'.*similarity.*connectionist.*em.*dynamic"),
     (lambda: tiny_net("em")(torch.zeros(2, 1, 17, 18)), r"\(2, 1, 17, 18\).*\(1, 17, 19\)"),
     (lambda: tiny_net("em")(torch.zeros(1, 17, 19)), r"\(1, 17, 19\).*\(B, .*1, 17, 19"),
-    (lambda: small_layer("em")(rand(1, 3, 5, 2, 2), rand(1, 3, 5)), r"3, 5\).*expected 2 channels"),
-    (lambda: small_layer("em")(rand(1, 2, 2, 2, 2), rand(1, 2, 2)), r"2, 2\).*a grid of \(3,\)"),
+    (lambda: ConvCaps(8, 16, 3, cn.EMRouting(1)), "made for 1 output channels, expected 16"),
     (lambda: small_layer("em")(rand(1, 2, 6, 2, 2), rand(1, 2, 5)), r"2, 6, .*2, 5\): expected"),
-    (lambda: small_layer("em")(rand(1, 2, 5, 5, 2, 2), rand(1, 2, 5, 5)), r"a grid of \(3,\)"),
-    (lambda: small_layer("em", kernel=(3, 3)), r"kernel_size \(3, 3\), stride 1: .* 1 of them"),
+    (lambda: small_layer("em")(rand(1, 2, 5, 5, 2, 2), rand(1, 2, 5, 5)), "grid of 1 dimensions"),
 ])
 def test_wrong_sizes_and_names_raise_one_informative_line(call, words):
     with pytest.raises(ValueError, match=words) as error:
@@ -482,516 +501,37 @@ def test_wrong_sizes_and_names_raise_one_informative_line(call, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (2, 2)])
+def test_wrong_channels_or_a_grid_smaller_than_the_kernel_do_not_run(shape):
+    with pytest.raises(RuntimeError):
+        small_layer("em")(rand(1, *shape, 2, 2), rand(1, *shape))
+
+
 @pytest.mark.parametrize("name, backend", [(n, "aot_eager") for n in MAKE] + [pytest.param(
     "similarity", "inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="no g++"))])
-def test_compiled_routing_equals_the_plain_one_in_values_and_all_gradients(name, backend):
-    """In C++ (inductor) only the default routing: it takes longer than all other tests here."""
+def test_compiled_one_by_one_a_layer_is_the_plain_one_in_values_and_all_gradients(name, backend):
+    """As train.py speeds it up. In C++ (inductor) only the default routing: it takes longer than
+    all other tests here."""
     torch.compiler.reset()
     layer = small_layer(name, outputs=3)
     pose, logit = rand(2, 2, 5, 2, 2), rand(2, 2, 5)
     expected = layer(pose, logit)
-    layer.routing.compile(backend=backend, fullgraph=True)
-    assert_same(layer(pose, logit), expected, [pose, logit, *layer.parameters()])
+    run = train.one_by_one(torch.compile(layer, backend=backend, fullgraph=True))
+    assert_same(run(pose, logit), [*expected], [pose, logit, *layer.parameters()])
+
+
+def test_a_network_can_be_copied_and_exported_for_batches_of_any_size():
+    net, images = copy.deepcopy(tiny_net("em")), torch.randn(3, 1, 17, 19)
+    batch = torch.export.Dim("batch", min=2)
+    exported = torch.export.export(net, (images[:2],), dynamic_shapes=({0: batch},))
+    torch.testing.assert_close(exported.module()(images), net(images))
 
 
 def test_readmes_programs_need_torch_only(tmp_path):
     """capsnet.py copied alone into a folder, no NumPy and no other file of this project."""
-    here = Path(cn.__file__).parent
     shutil.copy(cn.__file__, tmp_path)
-    (tmp_path / "results").symlink_to(here / "results")
-    blocks = re.findall(r"```python\n(.*?)```", (here / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "results").symlink_to(HERE / "results")
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     check = "assert (logits.argmax(1) != labels[200:]).float().mean() < 0.1"
     program = "\n".join(["import sys", "sys.modules['numpy'] = None", *blocks, check])
     subprocess.run([sys.executable, "-E", "-c", program], cwd=tmp_path, check=True)
-
-
-# --------------------------------------------------------------------------------- data.py
-
-
-def norb_files(count=30):
-    """{name: bytes} of a small smallNORB in the official layout."""
-    files, rng = {}, np.random.default_rng(0)
-    for stem, instances in ((data._TRAIN, (4, 6, 7, 8, 9)), (data._TEST, (0, 1, 2, 3, 5))):
-        index = np.arange(count)
-        info = np.stack([np.take(instances, index % 5), index % 9, index % 18 * 2, index % 6], 1)
-        files |= {stem + "dat.mat": bytes(24) + rng.bytes(count * 2 * 96 * 96),
-                  stem + "cat.mat": bytes(20) + (index // 5 % 5).astype("<i4").tobytes(),
-                  stem + "info.mat": bytes(20) + info.astype("<i4").tobytes()}
-    return files
-
-
-def mnist_files(count=24):
-    """Noise, and a bright block in a place that says which digit it is."""
-    files, rng = {}, np.random.default_rng(1)
-    for stem in ("train", "t10k"):
-        images = rng.integers(64, size=(count, 28, 28), dtype=np.uint8)
-        for n, image in enumerate(images):
-            row, column = divmod(n % 10, 4)
-            image[4 + 4 * row:8 + 4 * row, 4 + 5 * column:9 + 5 * column] = 255
-        files[f"{stem}-images-idx3-ubyte"] = bytes(16) + images.tobytes()
-        files[f"{stem}-labels-idx1-ubyte"] = bytes(8) + bytes(n % 10 for n in range(count))
-    return files
-
-
-FILES = {"smallnorb": norb_files(), "mnist": mnist_files()}
-for name, files in FILES.items():  # let these small ones be the published ones
-    data.SOURCES[name] = tuple(
-        source._replace(size=len(content), content=hashlib.sha256(content).hexdigest())
-        for source in data.SOURCES[name] for content in [files[source.name]])
-
-
-def place(folder, files, packed=False):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        path = folder / (name + ".gz" if packed else name)
-        path.write_bytes(gzip.compress(content, 1) if packed else content)
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for p, q in zip(a, b) for x, y in zip(p, q))
-
-
-def error_of(call):
-    """The one line that it refuses with."""
-    with pytest.raises((SystemExit, data.DataError)) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_official_files(tmp_path, packed, capsys):
-    for name, files in FILES.items():
-        place(tmp_path / name, files, packed)
-    train, test = data.load("smallnorb", tmp_path, cameras=2)
-    assert train.images.shape == (30, 2, 48, 48) and train.images.dtype == torch.uint8
-    pixels = torch.frombuffer(bytearray(FILES["smallnorb"][data._TEST + "dat.mat"][24:]),
-                              dtype=torch.uint8)
-    mean = torch.nn.functional.avg_pool2d(pixels.view(30, 2, 96, 96).double(), 2)
-    assert torch.equal(test.images, (mean + 1e-9).add(.5).floor().byte())
-    assert test.labels.tolist() == [index // 5 % 5 for index in range(30)]
-    assert train.instances[:6].tolist() == [4, 6, 7, 8, 9, 4] and test.instances[4] == 5
-    assert not capsys.readouterr().err
-    assert torch.equal(data.load("smallnorb", tmp_path)[0].images, train.images[:, :1])
-
-    train, test = data.load("mnist", tmp_path)
-    assert train.images.shape == (24, 1, 32, 32) and train.labels.tolist()[9:12] == [9, 0, 1]
-    inner = data.crops(test.images, 28)[0]
-    assert inner.numpy().tobytes() == FILES["mnist"]["t10k-images-idx3-ubyte"][16:]
-    assert test.images.sum() == inner.sum()
-    assert train.instances.bincount().tolist() == [2] * 12
-    assert "cifar" in error_of(lambda: data.load("cifar"))
-
-
-DAMAGE = {  # the file, what becomes of it, packed or not
-    "cut off": ("dat.mat", lambda b: b[:-5], False),
-    "more bytes": ("info.mat", lambda b: b + b"\0", False),
-    "label too high": ("cat.mat", lambda b: b[:-4] + b"\5\0\0\0", False),
-    "label negative": ("cat.mat", lambda b: b[:-4] + b"\xff" * 4, False),
-    "html": ("dat.mat", lambda b: b"<!DOCTYPE html>\n<title>403</title>", True),
-    "cut-off gzip": ("dat.mat", lambda b: gzip.compress(b)[:-3000], True),
-    "gzip block": ("dat.mat", lambda b: gzip.compress(b)[:10] + b"\xff" * 40, True),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_files_are_named(tmp_path, kind):
-    part, damage, packed = DAMAGE[kind]
-    name, files = data._TEST + part, FILES["smallnorb"]
-    place(tmp_path / "smallnorb", files, packed)
-    path = tmp_path / "smallnorb" / (name + ".gz" * packed)
-    path.write_bytes(damaged := damage(files[name]))
-    assert name in error_of(lambda: data.load("smallnorb", tmp_path))
-    assert path.read_bytes() == damaged  # left as the user put it
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    """A folder with a small MNIST in place of the mirrors, of which the first has nothing."""
-    folder = tmp_path / "site"
-    place(folder, FILES["mnist"], packed=True)
-    monkeypatch.setitem(data.MIRRORS, "mnist", (f"file://{tmp_path}/none/", f"file://{folder}/"))
-    monkeypatch.setitem(data.SOURCES, "mnist", tuple(
-        s._replace(sha256=hashlib.sha256((folder / (s.name + ".gz")).read_bytes()).hexdigest())
-        for s in data.SOURCES["mnist"]))
-    return folder
-
-
-def test_download(site, tmp_path):
-    splits = data.load("mnist", tmp_path / "got")
-    place(tmp_path / "placed" / "mnist", FILES["mnist"])
-    assert same(splits, data.load("mnist", tmp_path / "placed"))
-    assert {*os.listdir(tmp_path / "got" / "mnist")} == {*os.listdir(site), "cache-1.pt"}
-
-
-def test_failed_download_is_one_line_and_leaves_nothing(site, tmp_path):
-    path = site / "t10k-images-idx3-ubyte.gz"
-    path.write_bytes(path.read_bytes()[:-1] + b"\7")
-    text = error_of(lambda: data.load("mnist", tmp_path))
-    assert "with sha256" in text and path.name in text and "No such file" in text  # first mirror
-    assert all(mirror in text for mirror in data.MIRRORS["mnist"])
-    assert all(left.startswith("train") for left in os.listdir(tmp_path / "mnist"))
-    folder = tmp_path / "file"
-    folder.write_text("no room for a folder")
-    text = error_of(lambda: data.load("mnist", folder))
-    assert f"{folder}" in text and "cannot be written" in text and "download failed" not in text
-
-
-def saved(content):
-    torch.save(content, buffer := io.BytesIO())
-    return buffer.getvalue()
-
-
-class Harmful:
-    def __reduce__(self):
-        return os.mkdir, ("harmed",)
-
-
-@pytest.mark.parametrize("content", [b"", saved({"recipe": []}), saved(Harmful())])
-def test_bad_cache_is_made_anew_and_runs_nothing(tmp_path, monkeypatch, content, capsys):
-    monkeypatch.chdir(tmp_path)
-    cache = tmp_path / "mnist" / "cache-1.pt"
-    place(cache.parent, FILES["mnist"])
-    splits = data.load("mnist", tmp_path)
-    cache.write_bytes(content)
-    capsys.readouterr()
-    assert same(data.load("mnist", tmp_path), splits)
-    assert f"{cache}: not a usable cache" in capsys.readouterr().err
-    data.load("mnist", tmp_path)
-    assert str(cache) not in capsys.readouterr().err  # and is whole again
-    assert not Path("harmed").exists()
-
-
-def test_cache_follows_its_sources(tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "mnist"
-    place(folder, FILES["mnist"])
-    splits = data.load("mnist", tmp_path)
-    label_file = folder / "train-labels-idx1-ubyte"
-    label_file.write_bytes(label_file.read_bytes()[:-1] + b"\7")  # same length, later
-    changed = data.load("mnist", tmp_path)
-    assert changed[0].labels[-1] == 7 and splits[0].labels[-1] == 3
-    assert f"{label_file}: not the published content" in capsys.readouterr().err
-    for source in data.SOURCES["mnist"]:
-        (folder / source.name).unlink()
-    assert same(data.load("mnist", tmp_path), changed)  # the cache alone
-    monkeypatch.setattr(data, "FORMAT", "another")
-    monkeypatch.setitem(data.MIRRORS, "mnist", ("http://127.0.0.1:9/",))
-    assert "download failed" in error_of(lambda: data.load("mnist", tmp_path))
-
-
-def test_toys_and_no_place_for_their_cache(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "TOY_VIEWS", 2)
-    (tmp_path / "toys").write_bytes(b"a file where the folder should be")
-    train, test = data.load("toys", tmp_path)
-    assert "cannot be written" in capsys.readouterr().err
-    assert train.images.shape == (100, 1, 40, 40) and train.labels.bincount().tolist() == [20] * 5
-    assert not set(train.instances.tolist()) & set(test.instances.tolist())
-    assert same([train], [data.render_toys(range(10), 2)])  # the same on every call
-    assert len(train.images.flatten(1).unique(dim=0)) == 100  # no two alike
-    upper_left = train.images[:, 0, :20, :20].double().mean()
-    assert upper_left == pytest.approx(175.91, abs=0.1)  # where it changes, so must data.FORMAT
-
-
-def test_standardise():
-    images = torch.randint(256, (4, 2, 48, 48), dtype=torch.uint8)
-    images[1], images[2], images[3] = 255, 7, 200
-    images[3, 0, 0, 0] = 201  # the least variance that an image can have
-    out = data.standardise(images)
-    assert out.dtype == torch.float32 and (out[1:3] == 0).all()
-    for image in (out[0], out[3]):
-        assert abs(image.mean()) < 1e-3 and abs(image.std(unbiased=False) - 1) < 1e-3
-
-
-def test_augment_and_crops():
-    image = torch.arange(128.0).view(2, 8, 8)
-
-    def run(brightness, contrast, seed=0):
-        spec = data.SPECS["mnist"]._replace(crop=6, brightness=brightness, contrast=contrast)
-        return data.augment(image.repeat(500, 1, 1, 1), spec, torch.Generator().manual_seed(seed))
-
-    plain, out = run(0, 0), run(2, .5)
-    assert torch.equal(out, run(2, .5)) and not torch.equal(out, run(2, .5, seed=1))
-    corners = [divmod(int(window[0, 0, 0]), 8) for window in plain]
-    assert {*corners} == {*product(range(3), repeat=2)}
-    for window, (top, left) in zip(plain, corners):
-        assert torch.equal(window, image[:, top:top + 6, left:left + 6])
-    gain = out.flatten(1).std(1) / plain.flatten(1).std(1)  # contrast, then brightness
-    shift = (out - gain.view(-1, 1, 1, 1) * plain).flatten(1)
-    assert (shift - shift[:, :1]).abs().max() < 1e-3  # one an image
-    for drawn, low, high in ((gain, .5, 1.5), (shift, -2, 2)):
-        assert low - 1e-3 < drawn.min() < low + (high - low) / 50
-        assert high - (high - low) / 50 < drawn.max() < high + 1e-3
-
-    image = torch.arange(80.).view(1, 1, 8, 10)
-    assert torch.equal(*data.crops(image, 4), image[:, :, 2:6, 3:7])
-    assert [divmod(int(c[0, 0, 0, 0]), 10) for c in data.crops(image, 2, 3)] == [
-        (top, left) for top in (1, 3, 5) for left in (1, 4, 6)]
-
-
-# ------------------------------------------------------------------------------ train.py
-
-
-@pytest.fixture
-def small_mnist(tmp_path):
-    place(tmp_path / "data" / "mnist", FILES["mnist"])
-    return ["--data-dir", str(tmp_path / "data"), "--device", "cpu", "--no-compile", "--dataset",
-            "mnist", "--iterations", "0", "--batch-size", "4"]
-
-
-def fails(arguments):
-    return error_of(lambda: train.main(arguments))
-
-
-def metrics(folder):
-    lines = (folder / "metrics.csv").read_text().splitlines()
-    return [{**row, "seconds": 0} for row in csv.DictReader(lines)]
-
-
-def same_runs(one, other):
-    a, b = (torch.load(path / "weights.pt", weights_only=True)["model"] for path in (one, other))
-    return all(torch.equal(a[name], b[name]) for name in a) and metrics(one) == metrics(other)
-
-
-def test_the_command_ends_in_one_line_without_a_traceback(small_mnist, tmp_path):
-    command = [sys.executable, train.__file__, *small_mnist]
-    run = subprocess.run([*command, "--cameras", "2"], capture_output=True, text=True)
-    assert run.returncode == 1
-    assert re.fullmatch("train.py: data set 'mnist' with 2 cameras.*\n", run.stderr)
-    data.load("mnist", small_mnist[1])  # a child, which has the official sizes, needs the cache
-    run = subprocess.Popen([*command, "--epochs", "99", "--out", str(tmp_path / "run")],
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert any(text.startswith("epoch 2/99") for text in run.stdout)
-    run.terminate()
-    error = run.communicate(timeout=60)[1]
-    assert re.fullmatch("train.py: interrupted; to continue: .* --resume .*\n", error)
-
-
-def test_a_run_learns_and_stopped_resumed_and_prolonged_it_takes_the_same_steps(
-        small_mnist, tmp_path, monkeypatch):
-    rates, step = [], torch.optim.Adam.step
-
-    def stop_at_10_of_the_second(self, *args):
-        slow, fast = self.param_groups
-        rates.append(slow["lr"])
-        assert fast["lr"] == pytest.approx(5 * slow["lr"])
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
-        assert sum(g.square().sum() for g in grads if g is not None) < 1.001
-        if len(rates) == 24 + 10:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *args)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", stop_at_10_of_the_second)
-    monkeypatch.setattr(train, "SHOW_SECONDS", 0)  # so it saves after every step
-    small_mnist += ["--epochs", "4", "--option", "num_kernels=3"]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train.main([*small_mnist, "--out", str(whole)])
-    assert json.loads((whole / "result.json").read_text())["test_error"] < 50  # guessing: 90
-    last = metrics(whole)[-1]
-    assert float(last["training_error"]) < 50 and float(last["loss"]) < 1.5
-    message = fails([*small_mnist, "--out", str(cut)])
-    resume = ["--resume", str(cut / "checkpoint.pt"), *small_mnist[:5]]
-    assert f"to continue: python train.py {' '.join(resume[:4])}" in message
-    assert "--epochs 1: " in fails([*resume, "--epochs", "1"])
-    train.main(resume)
-    assert same_runs(whole, cut)
-    train.main([*resume, "--epochs", "5"])
-    assert [row["step"] for row in metrics(cut)] == ["6", "12", "18", "24", "30"]
-    rate = lambda i, steps: min(1, (i + 1) / 10) * 1.2e-2 * (1 - i / steps)
-    four = [rate(i, 24) for i in range(24)]
-    assert rates == pytest.approx(
-        four + four[:10] + four[9:] + [rate(i, 30) for i in range(24, 30)])
-    assert "has 5 behind it" in fails([*resume, "--epochs", "4"])
-
-
-def test_files_that_are_no_weights_are_refused_and_run_nothing(small_mnist, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    whole = saved({"settings": {"dataset": "mnist"}, "model": torch.zeros(5000)})
-    harmful = saved({"settings": {"dataset": "mnist"}, "model": Harmful()})
-    for content in harmful, whole[:-3000], b"", saved({"state_dict": {}}):
-        Path("weights.pt").write_bytes(content)
-        for option in "--eval", "--resume":
-            assert "weights.pt: not a checkpoint of this program" in fails([option, "weights.pt"])
-            assert "absent.pt: not a checkpoint" in fails([option, "absent.pt"])
-    assert not Path("harmed").exists()
-
-    for _ in range(2):  # without --out each run has a folder of its own
-        train.main([*small_mnist, "--epochs", "0"])
-    run = "runs/mnist-similarity-2"
-    weights = Path(run, "weights.pt")
-    before = weights.read_bytes()
-    assert "weights of another network" in fails(
-        ["--eval", str(weights), "--routing", "dynamic", *small_mnist[:5]])
-    assert "weights only, expected the checkpoint.pt" in fails(["--resume", str(weights)])
-    assert "holds a run already" in fails([*small_mnist, "--out", run])
-    assert weights.read_bytes() == before
-
-
-def test_numbers_that_are_not_finite_stop_the_run(small_mnist, tmp_path, monkeypatch):
-    """At step 8, in the second epoch: the checkpoint of the first stays, with finite weights."""
-    out, losses, plain = tmp_path / "run", [], train.F.cross_entropy
-
-    def spoiled(logits, labels):
-        losses.append(plain(logits, labels))
-        return losses[-1] * (math.inf if len(losses) == 8 else 1)
-
-    monkeypatch.setattr(train.F, "cross_entropy", spoiled)
-    message = fails([*small_mnist, "--epochs", "3", "--out", str(out)])
-    assert "step 8: the loss is inf, its gradient not finite" in message
-    assert str(out / "checkpoint.pt") in message
-    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
-    assert checkpoint["step"] == 6
-    assert all(x.isfinite().all() for x in checkpoint["model"].values())
-
-
-def test_validation_never_touches_the_test_set_until_weights_are_scored(
-        small_mnist, tmp_path, capsys, monkeypatch):
-    scored, evaluate = [], train.evaluate
-
-    def spy(net, split, args):
-        assert net.training or len(scored) == 2  # after an epoch's score too
-        scored.append(split)
-        return evaluate(net, split, args)
-
-    monkeypatch.setattr(train, "evaluate", spy)
-    out = tmp_path / "run"
-    train.main([*small_mnist, "--validate", "11", "--epochs", "2", "--amp", "--crops", "2", "--out",
-                str(out)])
-    official, test = data.load("mnist", small_mnist[1])
-    assert len(scored) == 3  # after each epoch and at the end
-    assert all(torch.equal(split.labels, official.labels[22:]) for split in scored)
-    assert metrics(out)[-1]["step"] == "10"  # two of the 22 images are left out
-    output = capsys.readouterr().out
-    assert "22 training images" in output and "of 2 images" in output
-    assert "validation error" in output and "test error" not in output
-    result = json.loads((out / "result.json").read_text())
-    assert result["settings"]["crops"] == 2 and sum(map(sum, result["confusion"])) == 2
-    resume = ["--resume", str(out / "checkpoint.pt")]
-    assert "started with 11" in fails([*resume, "--validate", "10"])
-    assert "--batch-size 8: " in fails([*resume, "--batch-size", "8"])
-    assert "not allowed with" in fails([*resume, "--eval", str(out / "weights.pt")])
-    train.main(["--eval", str(out / "weights.pt"), "--no-amp", *small_mnist[:5]])
-    assert torch.equal(scored[3].images, test.images) and "test error" in capsys.readouterr().out
-
-
-def test_two_processes_train_as_one_and_only_the_first_writes(small_mnist, tmp_path, capsys):
-    """On a CPU each has its own batch statistics, so that losses differ a little."""
-    train.main([*small_mnist, "--epochs", "2", "--out", str(tmp_path / "one")])
-    expected = capsys.readouterr().out.splitlines()
-
-    def torchrun(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-             train.__file__, *small_mnist, *arguments], capture_output=True, text=True, timeout=300)
-
-    run = torchrun("--epochs", "2", "--out", str(tmp_path / "two"))
-    assert run.returncode == 0, run.stderr
-    assert len(run.stdout.splitlines()) == len(expected) and "of 24 images" in run.stdout
-    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert [row["step"] for row in two] == ["6", "12"]
-    for row, other in zip(one, two):
-        assert float(other["loss"]) == pytest.approx(float(row["loss"]), rel=0.01)
-        assert other["loss"] != row["loss"]  # as it would be if each had the whole batch
-    files = ["checkpoint.pt", "metrics.csv", "result.json", "weights.pt"]
-    assert sorted(os.listdir(tmp_path / "two")) == files
-    train.main(["--eval", str(tmp_path / "two" / "weights.pt"), *small_mnist[:5]])
-    assert capsys.readouterr().out in run.stdout  # one process finds what the two found
-    assert "--batch-size 3: expected a multiple of the 2" in torchrun("--batch-size", "3").stderr
-
-
-def test_evaluate_counts_every_image_once_and_averages_probabilities_over_crops(capsys):
-    """One bright crop of nine is outvoted, though its logit is larger than the others together."""
-    labels = torch.arange(300) % 3
-    images = torch.zeros(300, 1, 32, 32, dtype=torch.uint8)
-    images[labels == 1, 0, 2, 2] = 255  # the corner of the central crop: class 1, the rest class 0
-    images[labels == 2, 0, :4, :4] = 255  # of nearly all crops
-
-    class FirstPixel(torch.nn.Module):
-        def forward(self, images):
-            assert not self.training and torch.is_autocast_enabled("cpu")
-            logits = torch.full((len(images), 10), -99.)
-            logits[:, 0], logits[:, 1] = 1, images[:, 0, 0, 0]
-            return None, logits
-
-    for crops, expected in ("1", [[100, 0], [0, 100], [0, 100]]), (
-            "3", [[100, 0], [100, 0], [0, 100]]):
-        args, _ = train.parse(["--dataset", "mnist", "--device", "cpu", "--amp", "--crops", crops])
-        confusion = train.evaluate(FirstPixel(), data.Dataset(images, labels, None), args)
-        assert confusion[:3, :2].tolist() == expected and confusion.sum() == 300
-    train.show(confusion, data.SPECS["mnist"].classes, "test")
-    output = capsys.readouterr().out
-    assert "test error 66.67 %: 200 of 300 images" in output
-    assert re.search(r"^2 +0 +100 +0", output, re.MULTILINE)
-
-
-@pytest.mark.parametrize("arguments, words", [
-    (["--option", "lambda9=1"], "lambda9"),
-    (["--option", "num_kernels=-1"], "num_kernels"),
-    (["--option", "widths=[1]"], "widths"),
-    (["--routing", "em"], "--iterations 0: em"),
-    (["--option", "iterations=0"], "expected as --iterations"),
-    (["--option", "lambda1"], "--option: invalid assignment value: 'lambda1'"),
-    (["--batch-size", "0"], "--batch-size: 0: expected 1"),
-    (["--lr", "nan"], "--lr: nan: expected 0 or more"),
-    (["--device", "abacus"], "--device abacus"),
-    (["--cameras", "2"], "2 cameras"),
-    (["--validate", "12"], "no instance 12"),
-])
-def test_a_users_mistake_is_one_line(small_mnist, tmp_path, arguments, words):
-    assert words in fails([*small_mnist, *arguments, "--out", str(tmp_path / "run")])
-    assert not (tmp_path / "run").exists()
-
-
-def test_options_of_the_routing_may_be_integers_lists_and_switches():
-    for text, routing in (("num_kernels=2", "similarity"), ("phi=[8, 8]", "connectionist"),
-                          ("hidden_size=8", "connectionist"), ("mean_shift=true", "similarity")):
-        train.build(*train.parse(["--device", "cpu", "--compile", "--option", text, "--routing",
-                                  routing]))
-
-
-def test_learning_rate_and_epochs_follow_routing_and_data_set_unless_given(small_mnist, tmp_path):
-    for given, lr, epochs in (("--routing em --dataset mnist", 6e-3, 4),
-                              ("--routing em --lr 1 --epochs 0", 1, 0)):
-        args, _ = train.parse(given.split())
-        assert (args.lr, args.epochs) == (lr, epochs)
-    train.main([*small_mnist, "--epochs", "0", "--out", str(tmp_path / "run")])
-    groups = torch.load(tmp_path / "run" / "checkpoint.pt")["optimizer"]["param_groups"]
-    # At five times the rate: lambdas and theta of three layers, and not their kernels.
-    assert [(g["scale"], len(g["params"])) for g in groups] == [(1, 4 + 4 + 3 + 6), (5, 6)]
-
-
-def test_seeds_differ_in_weights_order_and_augmentation(small_mnist, tmp_path, monkeypatch):
-    pixels, drawn, augment = [], [], data.augment
-
-    def spy(images, spec, noise):
-        pixels.append(tuple(images[:, 0, 9, 9].tolist()))
-        drawn.append(torch.rand(1, generator=noise).item())
-        return augment(images, spec, noise)
-
-    monkeypatch.setattr(data, "augment", spy)
-    for seed in "0", "1":
-        train.main([*small_mnist, "--epochs", "2", "--seed", seed, "--out", str(tmp_path / seed)])
-    epochs = [sum(pixels[i:i + 6], ()) for i in range(0, 24, 6)]
-    assert len({*drawn}) == 24 and len({*epochs}) == 4 and len({*map(frozenset, epochs)}) == 1
-    weights = [train.build(*train.parse(["--seed", seed, "--no-compile"])).conv[0].weight
-               for seed in "01"]
-    assert not torch.equal(*weights)
-
-
-def test_a_failed_save_leaves_the_file_before_it(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    path.write_text("whole")
-
-    def full(aside):
-        aside.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    assert "checkpoint.pt: cannot be written ([Errno 28] No space left" in error_of(
-        lambda: train.write(path, full))
-    assert path.read_text() == "whole" and os.listdir(tmp_path) == ["checkpoint.pt"]
-
-
-def test_benchmark_prints_one_line_and_needs_no_data(capsys, monkeypatch):
-    monkeypatch.setattr(train.Timer, "blocked_autorange", lambda timer, **_: timer.timeit(1))
-    monkeypatch.setattr(train.data, "load", None)
-    train.main(["--benchmark", "--no-compile", "--batch-size", "2", "--device", "cpu"])
-    assert "images/s" in capsys.readouterr().out
