@@ -242,11 +242,11 @@ class ConnectionistRouting(Routing):
         i, f, g, o = gates.chunk(4, -1)  # (I, O, N, hidden_size) each
         s = i.sigmoid() * g.tanh() + (f.sigmoid() * state[1] if state else 0)
         h = o.sigmoid() * s.tanh()
-        return self.phi(h).squeeze(-1).softmax(0), (h, s)
+        b = self.phi(h).squeeze(-1).to(c.dtype)  # from autocast's bfloat16, as below
+        return b.softmax(0), (h, s)
 
     def activation(self, mu, votes, log_a, c, state):
-        logit = self.psi((c.unsqueeze(-1) * state[1]).sum(0)).squeeze(-1)
-        return logit.to(c.dtype)  # under autocast psi gives bfloat16
+        return self.psi((c.unsqueeze(-1) * state[1]).sum(0)).squeeze(-1).to(c.dtype)
 
 
 # ------------------------------------------------------------------------------- the layers

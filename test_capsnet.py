@@ -535,3 +535,467 @@ def test_readmes_programs_need_torch_only(tmp_path):
     check = "assert (logits.argmax(1) != labels[200:]).float().mean() < 0.1"
     program = "\n".join(["import sys", "sys.modules['numpy'] = None", *blocks, check])
     subprocess.run([sys.executable, "-E", "-c", program], cwd=tmp_path, check=True)
+
+
+# --------------------------------------------------------------------------------- data.py
+
+
+def norb_files(count=30):
+    """{name: bytes} of a small smallNORB in the official layout."""
+    files, rng = {}, np.random.default_rng(0)
+    for stem, instances in ((data._TRAIN, (4, 6, 7, 8, 9)), (data._TEST, (0, 1, 2, 3, 5))):
+        index = np.arange(count)
+        info = np.stack([np.take(instances, index % 5), index % 9, index % 18 * 2, index % 6], 1)
+        files |= {stem + "dat.mat": bytes(24) + rng.bytes(count * 2 * 96 * 96),
+                  stem + "cat.mat": bytes(20) + (index // 5 % 5).astype("<i4").tobytes(),
+                  stem + "info.mat": bytes(20) + info.astype("<i4").tobytes()}
+    return files
+
+
+def mnist_files(count=24):
+    """Noise, and a bright block in a place that says which digit it is."""
+    files, rng = {}, np.random.default_rng(1)
+    for stem in ("train", "t10k"):
+        images = rng.integers(64, size=(count, 28, 28), dtype=np.uint8)
+        for n, image in enumerate(images):
+            row, column = divmod(n % 10, 4)
+            image[4 + 4 * row:8 + 4 * row, 4 + 5 * column:9 + 5 * column] = 255
+        files[f"{stem}-images-idx3-ubyte"] = bytes(16) + images.tobytes()
+        files[f"{stem}-labels-idx1-ubyte"] = bytes(8) + bytes(n % 10 for n in range(count))
+    return files
+
+
+FILES = {"smallnorb": norb_files(), "mnist": mnist_files()}
+PACKED = {name: {file + ".gz": gzip.compress(content, 1) for file, content in files.items()}
+          for name, files in FILES.items()}
+for name, count in (("smallnorb", 30), ("mnist", 24)):  # let these small ones be the published ones
+    data.FILES[name] = tuple(
+        file._replace(shape=(count, *file.shape[1:]),
+                      sha256=hashlib.sha256(PACKED[name][file.name + ".gz"]).hexdigest())
+        for file in data.FILES[name])
+
+
+def place(folder, files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for p, q in zip(a, b) for x, y in zip(p, q))
+
+
+def error_of(call):
+    """The one line that it refuses with."""
+    with pytest.raises((SystemExit, data.DataError)) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("files", [FILES, PACKED])
+def test_official_files(tmp_path, files, capsys):
+    for name in files:
+        place(tmp_path / name, files[name])
+    train, test = data.load("smallnorb", tmp_path, cameras=2)
+    assert train.images.shape == (30, 2, 48, 48) and train.images.dtype == torch.uint8
+    pixels = torch.frombuffer(bytearray(FILES["smallnorb"][data._TEST + "dat.mat"][24:]),
+                              dtype=torch.uint8)
+    mean = torch.nn.functional.avg_pool2d(pixels.view(30, 2, 96, 96).double(), 2)
+    assert torch.equal(test.images, (mean + 1e-9).add(.5).floor().byte())
+    assert test.labels.tolist() == [index // 5 % 5 for index in range(30)]
+    assert train.instances[:6].tolist() == [4, 6, 7, 8, 9, 4] and test.instances[4] == 5
+    assert torch.equal(data.load("smallnorb", tmp_path)[0].images, train.images[:, :1])
+
+    train, test = data.load("mnist", tmp_path)
+    assert train.images.shape == (24, 1, 32, 32) and train.labels.tolist()[9:12] == [9, 0, 1]
+    inner = data.crops(test.images, 28)[0]
+    assert inner.numpy().tobytes() == FILES["mnist"]["t10k-images-idx3-ubyte"][16:]
+    assert test.images.sum() == inner.sum()
+    assert train.instances.bincount().tolist() == [2] * 12
+    assert not capsys.readouterr().err
+    assert "cifar" in error_of(lambda: data.load("cifar"))
+
+
+DAMAGE = {  # the file, what becomes of it, packed or not
+    "cut off": ("dat.mat", lambda b: b[:-5], False),
+    "more bytes": ("info.mat", lambda b: b + b"\0", False),
+    "label too high": ("cat.mat", lambda b: b[:-4] + b"\5\0\0\0", False),
+    "label negative": ("cat.mat", lambda b: b[:-4] + b"\xff" * 4, False),
+    "html": ("dat.mat", lambda b: b"<!DOCTYPE html>\n<title>403</title>", True),
+    "cut-off gzip": ("dat.mat", lambda b: gzip.compress(b)[:-3000], True),
+    "gzip block": ("dat.mat", lambda b: gzip.compress(b)[:10] + b"\xff" * 40, True),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_files_are_named(tmp_path, kind):
+    part, damage, packed = DAMAGE[kind]
+    name, folder = data._TEST + part, tmp_path / "smallnorb"
+    place(folder, (PACKED if packed else FILES)["smallnorb"])
+    path = folder / (name + ".gz" * packed)
+    path.write_bytes(damaged := damage(FILES["smallnorb"][name]))
+    assert name in error_of(lambda: data.load("smallnorb", tmp_path))
+    assert path.read_bytes() == damaged  # left as the user put it
+    assert not (folder / "cache-1.pt").exists()
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder with a small MNIST in place of the mirrors, of which the first has nothing."""
+    place(tmp_path / "site", PACKED["mnist"])
+    monkeypatch.setitem(data.MIRRORS, "mnist",
+                        (f"file://{tmp_path}/none/", f"file://{tmp_path}/site/"))
+    return tmp_path / "site"
+
+
+def test_download(site, tmp_path):
+    splits = data.load("mnist", tmp_path / "got")
+    place(tmp_path / "placed" / "mnist", FILES["mnist"])
+    assert same(splits, data.load("mnist", tmp_path / "placed"))
+    assert {*os.listdir(tmp_path / "got" / "mnist")} == {*os.listdir(site), "cache-1.pt"}
+
+
+def test_failed_download_is_one_line_and_leaves_nothing(site, tmp_path):
+    path = site / "t10k-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-1] + b"\7")
+    text = error_of(lambda: data.load("mnist", tmp_path))
+    assert "invalid hash" in text and path.name in text and "No such file" in text  # first mirror
+    assert all(mirror in text for mirror in data.MIRRORS["mnist"])
+    assert all(left.startswith("train") for left in os.listdir(tmp_path / "mnist"))
+    folder = tmp_path / "file"
+    folder.write_text("no room for a folder")
+    text = error_of(lambda: data.load("mnist", folder))
+    assert f"{folder}" in text and "download failed" in text
+
+
+def saved(content):
+    torch.save(content, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harmed",)
+
+
+@pytest.mark.parametrize("content", [b"", saved({"train": []}), saved(Harmful())])
+def test_bad_cache_is_made_anew_runs_nothing_and_then_serves_alone(
+        tmp_path, monkeypatch, content, capsys):
+    monkeypatch.chdir(tmp_path)
+    cache = tmp_path / "mnist" / "cache-1.pt"
+    place(cache.parent, FILES["mnist"] | {"cache-1.pt": content})
+    splits = data.load("mnist", tmp_path)
+    assert f"{cache}: not a usable cache" in capsys.readouterr().err
+    for name in FILES["mnist"]:
+        (cache.parent / name).unlink()
+    assert same(data.load("mnist", tmp_path), splits)
+    assert f"{cache}; delete it when" in capsys.readouterr().err
+    assert not Path("harmed").exists()
+
+
+def test_toys_and_no_place_for_their_cache(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data.render_toys, "__defaults__", (2,))  # views
+    (tmp_path / "toys").write_bytes(b"a file where the folder should be")
+    train, test = data.load("toys", tmp_path)
+    assert "cannot be written" in capsys.readouterr().err
+    assert train.images.shape == (100, 1, 40, 40) and train.labels.bincount().tolist() == [20] * 5
+    assert not set(train.instances.tolist()) & set(test.instances.tolist())
+    assert same([train], [data.render_toys(range(10), 2)])  # the same on every call
+    assert len(train.images.flatten(1).unique(dim=0)) == 100  # no two alike
+    upper_left = train.images[:, 0, :20, :20].double().mean()
+    assert upper_left == pytest.approx(175.91, abs=0.1)
+
+
+def test_standardise():
+    images = torch.randint(256, (4, 2, 48, 48), dtype=torch.uint8)
+    images[1], images[2], images[3] = 255, 7, 200
+    images[3, 0, 0, 0] = 201  # the least variance that an image can have
+    out = data.standardise(images)
+    assert out.dtype == torch.float32 and (out[1:3] == 0).all()
+    for image in (out[0], out[3]):
+        assert abs(image.mean()) < 1e-3 and abs(image.std(unbiased=False) - 1) < 1e-3
+
+
+def test_augment_and_crops():
+    image = torch.arange(128.0).view(2, 8, 8)
+
+    def run(brightness, contrast, seed=0):
+        spec = data.SPECS["mnist"]._replace(crop=6, brightness=brightness, contrast=contrast)
+        return data.augment(image.repeat(500, 1, 1, 1), spec, torch.Generator().manual_seed(seed))
+
+    plain, out = run(0, 0), run(2, .5)
+    assert torch.equal(out, run(2, .5)) and not torch.equal(out, run(2, .5, seed=1))
+    corners = [divmod(int(window[0, 0, 0]), 8) for window in plain]
+    assert {*corners} == {*product(range(3), repeat=2)}
+    for window, (top, left) in zip(plain, corners):
+        assert torch.equal(window, image[:, top:top + 6, left:left + 6])
+    gain = out.flatten(1).std(1) / plain.flatten(1).std(1)  # contrast, then brightness
+    shift = (out - gain.view(-1, 1, 1, 1) * plain).flatten(1)
+    assert (shift - shift[:, :1]).abs().max() < 1e-3  # one an image
+    for drawn, low, high in ((gain, .5, 1.5), (shift, -2, 2)):
+        assert low - 1e-3 < drawn.min() < low + (high - low) / 50
+        assert high - (high - low) / 50 < drawn.max() < high + 1e-3
+
+    image = torch.arange(80.).view(1, 1, 8, 10)
+    assert torch.equal(*data.crops(image, 4), image[:, :, 2:6, 3:7])
+    assert [divmod(int(c[0, 0, 0, 0]), 10) for c in data.crops(image, 2, 3)] == [
+        (top, left) for top in (1, 3, 5) for left in (1, 4, 6)]
+
+
+# ------------------------------------------------------------------------------ train.py
+
+
+@pytest.fixture
+def small_mnist(tmp_path):
+    place(tmp_path / "data" / "mnist", FILES["mnist"])
+    return ["--data-dir", str(tmp_path / "data"), "--device", "cpu", "--no-compile", "--dataset",
+            "mnist", "--batch-size", "4", "--iterations", "0"]
+
+
+@pytest.fixture
+def small_net(monkeypatch):
+    """Three iterations at the speed of none."""
+    monkeypatch.setattr(train.main, "__defaults__", (None, lambda *args, **options: CapsNet(
+        *args, channels=(8, 2, 3, 4), **options)))
+
+
+def fails(arguments):
+    return error_of(lambda: train.main(arguments))
+
+
+def metrics(folder):
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    return [{**row, "seconds": 0} for row in csv.DictReader(lines)]
+
+
+def same_runs(one, other):
+    a, b = (torch.load(path / "weights.pt", weights_only=True)["model"] for path in (one, other))
+    return all(torch.equal(a[name], b[name]) for name in a) and metrics(one) == metrics(other)
+
+
+def test_the_command_ends_in_one_line_without_a_traceback(small_mnist, tmp_path):
+    command = [sys.executable, train.__file__, *small_mnist]
+    run = subprocess.run([*command, "--cameras", "2"], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert re.fullmatch("train.py: data set 'mnist' with 2 cameras.*\n", run.stderr)
+    data.load("mnist", small_mnist[1])  # a child, which has the official sizes, needs the cache
+    run = subprocess.Popen([*command, "--epochs", "99", "--out", str(tmp_path / "run")],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert any(text.startswith("epoch 2/99") for text in run.stdout)
+    run.terminate()
+    error = run.communicate(timeout=60)[1]
+    assert re.search("^train.py: interrupted; .*--resume.*\n$", error, re.MULTILINE)
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU"))])
+def test_a_run_learns_and_stopped_resumed_and_prolonged_it_takes_the_same_steps(
+        small_mnist, small_net, tmp_path, monkeypatch, device):
+    rates, step = [], torch.optim.Adam.step
+
+    def stop_at_10_of_the_second(self, *args):
+        slow, fast = self.param_groups
+        rates.append(slow["lr"])
+        assert fast["lr"] == pytest.approx(5 * slow["lr"])
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        assert sum(g.square().sum() for g in grads if g is not None) < 1.001
+        if len(rates) == 24 + 10:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", stop_at_10_of_the_second)
+    monkeypatch.setattr(train, "SHOW_SECONDS", 0)  # so it saves after every step
+    command = [*small_mnist[:-2], "--device", device, "--epochs", "4", "--option", "num_kernels=3"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train.main([*command, "--out", str(whole)])
+    assert json.loads((whole / "result.json").read_text())["test_error"] < 50  # guessing: 90
+    last = metrics(whole)[-1]
+    assert float(last["training_error"]) < 60 and float(last["loss"]) < 2
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*command, "--out", str(cut)])
+    resume = ["--resume", str(cut / "checkpoint.pt"), "--data-dir", small_mnist[1], "--device",
+              device, "--no-compile"]
+    assert "--epochs 1: " in fails([*resume, "--epochs", "1"])
+    train.main(resume)
+    assert device != "cpu" or same_runs(whole, cut)
+    train.main([*resume, "--epochs", "5"])
+    assert [row["step"] for row in metrics(cut)] == ["6", "12", "18", "24", "30"]
+    rate = lambda i, steps: min(1, (i + 1) / 10) * 1.2e-2 * (1 - i / steps)
+    four = [rate(i, 24) for i in range(24)]
+    assert rates == pytest.approx(
+        four + four[:10] + four[9:] + [rate(i, 30) for i in range(24, 30)])
+    assert "has 5 behind it" in fails([*resume, "--epochs", "4"])
+
+
+def test_files_that_are_no_weights_are_refused_and_run_nothing(small_mnist, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = saved({"settings": {"dataset": "mnist"}, "model": torch.zeros(5000)})
+    harmful = saved({"settings": {"dataset": "mnist"}, "model": Harmful()})
+    for content in harmful, whole[:-3000], b"", saved({"state_dict": {}}):
+        Path("weights.pt").write_bytes(content)
+        for option in "--eval", "--resume":
+            assert "weights.pt: expected" in fails([option, "weights.pt"])
+            assert "absent.pt: expected" in fails([option, "absent.pt"])
+    assert not Path("harmed").exists()
+
+    for _ in range(2):  # without --out each run has a folder of its own
+        train.main([*small_mnist, "--epochs", "0"])
+    run = "runs/mnist-similarity-2"
+    weights = Path(run, "weights.pt")
+    before = weights.read_bytes()
+    assert "weights of another network" in fails(
+        ["--eval", str(weights), "--routing", "dynamic", "--iterations", "1", *small_mnist[:5]])
+    assert "expected checkpoint.pt" in fails(["--resume", str(weights)])
+    assert "holds a run already" in fails([*small_mnist, "--out", run])
+    assert weights.read_bytes() == before
+
+
+def test_numbers_that_are_not_finite_stop_the_run(small_mnist, tmp_path, monkeypatch):
+    """At step 8, in the second epoch: the checkpoint of the first stays, with finite weights."""
+    out, losses, plain = tmp_path / "run", [], train.F.cross_entropy
+
+    def spoiled(logits, labels):
+        losses.append(plain(logits, labels))
+        return losses[-1] * (math.inf if len(losses) == 8 else 1)
+
+    monkeypatch.setattr(train.F, "cross_entropy", spoiled)
+    message = fails([*small_mnist, "--epochs", "3", "--out", str(out)])
+    assert "step 8: the loss is inf, its gradient not finite" in message
+    assert str(out / "checkpoint.pt") in message
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 6
+    assert all(x.isfinite().all() for x in checkpoint["model"].values())
+
+
+def test_validation_never_touches_the_test_set_until_weights_are_scored(
+        small_mnist, tmp_path, capsys, monkeypatch):
+    scored, evaluate = [], train.evaluate
+
+    def spy(net, split, args):
+        assert net.training
+        scored.append(split)
+        confusion = evaluate(net, split, args)
+        assert net.training
+        return confusion
+
+    monkeypatch.setattr(train, "evaluate", spy)
+    out = tmp_path / "run"
+    train.main([*small_mnist, "--validate", "11", "--epochs", "2", "--crops", "2", "--out",
+                str(out)])
+    official, test = data.load("mnist", small_mnist[1])
+    assert len(scored) == 3  # after each epoch and at the end
+    assert all(torch.equal(split.labels, official.labels[22:]) for split in scored)
+    assert metrics(out)[-1]["step"] == "10"  # two of the 22 images are left out
+    output = capsys.readouterr().out
+    assert "22 training images" in output and "of 2 images" in output
+    assert "validation error" in output and "test error" not in output
+    result = json.loads((out / "result.json").read_text())
+    assert result["settings"]["crops"] == 2 and sum(map(sum, result["confusion"])) == 2
+    assert "not allowed with" in subprocess.run(
+        [sys.executable, train.__file__, "--resume", "a", "--eval", "b"], capture_output=True,
+        text=True).stderr
+    train.main(["--eval", str(out / "weights.pt"), *small_mnist[:5]])
+    assert torch.equal(scored[3].images, test.images) and "test error" in capsys.readouterr().out
+
+
+def test_evaluate_counts_every_image_once_and_averages_probabilities_over_crops(capsys):
+    """One bright crop of nine is outvoted, though its logit is larger than the others together."""
+    labels = torch.arange(300) % 3
+    images = torch.zeros(300, 1, 32, 32, dtype=torch.uint8)
+    images[labels == 1, 0, 2, 2] = 255  # the corner of the central crop: class 1, the rest class 0
+    images[labels == 2, 0, :4, :4] = 255  # of nearly all crops
+
+    class FirstPixel(torch.nn.Module):
+        def forward(self, images):
+            assert not self.training
+            logits = torch.full((len(images), 10), -99.)
+            logits[:, 0], logits[:, 1] = 1, images[:, 0, 0, 0]
+            return None, logits
+
+    for crops, expected in ("1", [[100, 0], [0, 100], [0, 100]]), (
+            "3", [[100, 0], [100, 0], [0, 100]]):
+        args, _ = train.parse(["--dataset", "mnist", "--device", "cpu", "--crops", crops])
+        confusion = train.evaluate(FirstPixel(), data.Dataset(images, labels, None), args)
+        assert confusion[:3, :2].tolist() == expected and confusion.sum() == 300
+    train.show(confusion, data.SPECS["mnist"].classes, "test")
+    output = capsys.readouterr().out
+    assert "test error 66.67 %: 200 of 300 images" in output
+    assert re.search(r"^2 +0 +100 +0", output, re.MULTILINE)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--option", "lambda9=1"], "lambda9"),
+    (["--option", "num_kernels=-1"], "num_kernels"),
+    (["--option", "widths=[1]"], "widths"),
+    (["--routing", "em"], "iterations=0: expected 1 or more"),
+    (["--batch-size", "0"], "--batch-size 0: expected 1"),
+    (["--lr", "nan"], "--lr nan: expected 0 or more"),
+    (["--device", "abacus"], "--device abacus"),
+    (["--cameras", "2"], "2 cameras"),
+    (["--validate", "12"], "no instance 12"),
+])
+def test_a_users_mistake_is_one_line(small_mnist, tmp_path, arguments, words):
+    assert words in fails([*small_mnist, *arguments, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_of_the_routing_may_be_integers_lists_and_numbers():
+    for text, routing, found in (
+            ("num_kernels=2", "similarity", lambda r: len(r.kernel_logit) == 2),
+            ("lambda1=0.5", "similarity", lambda r: r.lambdas()[0, 0, 0].item() == 0.5),
+            ("phi=[8, 9]", "connectionist", lambda r: r.phi[2].out_features == 9)):
+        args, _ = train.parse(["--device", "cpu", "--option", text, "--routing", routing])
+        assert found(train.make(args, None, CapsNet).class_caps.routing)
+
+
+def test_learning_rate_and_epochs_follow_routing_and_data_set_unless_given():
+    for given, lr, epochs in (("--routing em --dataset mnist", 6e-3, 4),
+                              ("--routing em --lr 1 --epochs 0", 1, 0)):
+        args, _ = train.parse(given.split())
+        assert (args.lr, args.epochs) == (lr, epochs)
+
+
+def test_seeds_differ_in_weights_order_and_augmentation(small_mnist, tmp_path, monkeypatch):
+    pixels, drawn, augment = [], [], data.augment
+
+    def spy(images, spec, noise):
+        pixels.append(tuple(images[:, 0, 9, 9].tolist()))
+        drawn.append(torch.rand(1, generator=noise).item())
+        return augment(images, spec, noise)
+
+    monkeypatch.setattr(data, "augment", spy)
+    for seed in "0", "1":
+        train.main([*small_mnist, "--epochs", "2", "--seed", seed, "--out", str(tmp_path / seed)])
+    epochs = [sum(pixels[i:i + 6], ()) for i in range(0, 24, 6)]
+    assert len({*drawn}) == 24 and len({*epochs}) == 4 and len({*map(frozenset, epochs)}) == 1
+    weights = [train.make(train.parse(["--seed", seed])[0], None, CapsNet).conv[0].weight
+               for seed in "01"]
+    assert not torch.equal(*weights)
+
+
+def test_a_failed_save_leaves_the_file_before_it(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    path.write_text("whole")
+
+    def full(aside):
+        aside.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    assert "checkpoint.pt: cannot be written ([Errno 28] No space left" in error_of(
+        lambda: train.write(path, full))
+    assert path.read_text() == "whole" and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_a_compiler_that_does_not_work_is_named_in_one_line(tmp_path):
+    """As macOS's g++ without developer tools. The run goes on uncompiled."""
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\necho 'no developer tools' >&2; exit 1\n")
+    compiler.chmod(0o755)
+    program = "import train; print(train.compiler_works())"
+    environment = os.environ | {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", program], cwd=HERE, env=environment,
+                         capture_output=True, text=True)
+    assert re.fullmatch("running uncompiled, which is slower: .+\nNone\n", run.stdout)
+    assert run.stderr in ("", "no developer tools\n")  # the compiler's own
