@@ -27,35 +27,33 @@ Axes, the same letters everywhere
     N receptive fields, one for each output position of each image
 
 Between layers poses are (B, C, *grid, P, P), activations (B, C, *grid). Inside a layer the inputs
-come first and the receptive fields last: Eq. 1 is then one batched product that needs no copy of
-the votes, and sums over the inputs run along contiguous memory.
+come first and the receptive fields last: Eq. 1 is then one batched product that copies no votes.
 
-Where this departs from the paper, or chooses what the paper leaves open
+Where this departs from the paper, or chooses what the paper leaves open. The network:
 
-  The network
     * Activations are logits throughout: log a is exact, and nothing takes the log of zero.
     * Before it votes, every pose is divided by its Frobenius norm, as in the author's early
       versions; his later ones do it with primary poses only. Without it, votes shrink by half in
       every layer.
     * No coordinates are added to poses. The author adds the output position's and one of the slot
-      in the field, which was not tried here.
+      in the field; that was not tried here. He has a ReLU on primary poses in some versions.
     * lambda1, lambda2 and the kernel widths are learned as logarithms, so they stay positive (and
       weight decay would pull them towards 1).
     * lambda1 and lambda2 start at 0.2, theta_1 at 20, in the class capsules 60. At the author's 12,
       1 and a small theta_1 c stays uniform and the class logits of all images nearly equal.
       theta_2 starts at 0, theta_3 at 1; primary activations near 1/2 (the author's near 0.7).
-    * No ReLU on the primary poses, which some of the author's versions have.
     * Connectionist routing starts with larger weights than PyTorch's, with which its class logits
       hardly differ between images.
-    * EM and dynamic routing are their papers' procedures inside this network: votes of Eq. 1, poses
-      that are matrices, cross-entropy, no reconstruction. EM runs two iterations and an inverse
-      temperature of 0.03 (its paper: 0.01), the others the paper's three iterations.
-  Its training
+    * EM and dynamic routing are their papers' procedures inside this network: votes of Eq. 1,
+      cross-entropy, no reconstruction. EM has two iterations (its paper: three) and an inverse
+      temperature of 0.03 (0.01).
+
+Its training:
+
     * Fewer epochs. Adam at 1.2e-2 (EM: 6e-3, connectionist: 3e-3), rising in ten steps and falling
-      linearly to zero (the paper: 3e-3, exponentially); see also `CapsNet.parameter_groups`.
+      linearly to zero (the paper: 3e-3, exponentially), and `CapsNet.parameter_groups`.
     * Gradients of a norm of 1 at most. Brightness and contrast within 0.2, on MNIST neither (the
       author: 2.0 and 0.5). MNIST is padded to 32x32 and cropped at random to 28x28.
-  Not included: kernels per channel, other divergences (the paper's future work).
 """
 
 import math
@@ -86,14 +84,13 @@ def update_pose(compatibility: Tensor, votes: Tensor) -> Tensor:
 class Routing(nn.Module):
     """Algorithm 1: alternate between compatibilities and poses, then decide on the activations.
 
-    A routing procedure is a subclass that defines `compatibility` and `activation`. S in the paper
-    is `state`, whatever one call of `compatibility` hands to the next; it starts as None.
-    `CapsNet` finds a procedure in ROUTINGS and constructs it as (out_channels, pose_size,
-    **options).
+    A routing procedure is a subclass that defines `compatibility` and `activation`. `state`, S in
+    the paper, is what one call of `compatibility` hands to the next, at first None. `CapsNet` finds
+    a procedure in ROUTINGS and constructs it as (out_channels, pose_size, **options).
 
     forward(votes (I, O, D, N), log_a (I, 1, N)) -> pose (O, D, N), logit (O, N), c (I, O, N)
-        log_a is finite. `ConvCaps` also passes `fields`, which only the procedures look at whose
-        output positions compete for inputs, see `log_softmax_over_parents`.
+        log_a is finite. fields: for procedures whose output positions compete for their inputs,
+        see `log_softmax_over_parents`.
 
         routing = SimilarityRouting(out_channels=16)
         mu, logit, c = routing(torch.randn(72, 16, 16, 2), torch.zeros(72, 1, 2))

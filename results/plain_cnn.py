@@ -31,6 +31,9 @@ class PlainCNN(nn.Module):
     def forward(self, images):
         return None, self.layers(images)
 
+    def parameter_groups(self, lr):
+        return [{"params": self.parameters(), "lr": lr}]
 
-train.CapsNet = PlainCNN
-train.main(["--dataset", "smallnorb", "--no-compile", "--lr", "6e-3", *sys.argv[1:]])
+
+if __name__ == "__main__":
+    train.main(["--dataset", "smallnorb", "--no-compile", "--lr", "6e-3", *sys.argv[1:]], PlainCNN)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
-from capsnet import CapsNet, SimilarityRouting, routing_objective
+from capsnet import CapsNet, SimilarityRouting, mean_shift, routing_objective, update_pose
 
 HERE = Path(__file__).parent
 RUNS = {"toys": HERE.parent / "toys-similarity/weights.pt",
@@ -28,9 +28,9 @@ def save(name):
     image.quantize(256, Image.Quantize.MAXCOVERAGE).save(HERE / name)  # a third of the size
 
 
-def routing_of(lambda1, lambda2, mean_shift=False):
+def routing_of(lambda1, lambda2):
     return SimilarityRouting(1, num_kernels=1, widths=(1.0, 1.0), lambda1=lambda1,
-                             lambda2=lambda2, iterations=10, mean_shift=mean_shift)
+                             lambda2=lambda2, iterations=10)
 
 
 @torch.no_grad()
@@ -39,33 +39,34 @@ def consensus():
     generator = torch.Generator().manual_seed(3)
     cluster = 0.35 * torch.randn(14, 2, generator=generator) + torch.tensor([1.2, 0.8])
     strays = 1.1 * torch.randn(10, 2, generator=generator) - torch.tensor([1.0, 0.6])
-    votes = torch.cat([cluster, strays])
+    points = torch.cat([cluster, strays])
     a = 0.05 + 0.9 * torch.rand(24, generator=generator)
+    votes, log_a = points.view(24, 1, 2, 1), a.log().view(24, 1, 1)
     lambdas1, lambdas2 = (0.03, 0.1, 0.3, 3.0), (0.0, 0.1, 1.0)
     figure, axes = plt.subplots(3, 5, figsize=(10, 5.6), width_ratios=(1, 1, 1, 1, 1.5),
                                 layout="constrained")
     for row, lambda2 in zip(axes, lambdas2):
         for ax, lambda1 in zip(row, lambdas1):
-            mu, _, c = routing_of(lambda1, lambda2)(votes[None], a.log())
-            dots = ax.scatter(*votes.T, s=900 * c[0], c=a, cmap="viridis", vmin=0, vmax=1,
+            mu, _, c = routing_of(lambda1, lambda2)(votes, log_a)
+            dots = ax.scatter(*points.T, s=900 * c.flatten(), c=a, cmap="viridis", vmin=0, vmax=1,
                               alpha=0.85, linewidths=0)
-            ax.scatter(*votes.T, s=2, color="0.6")
-            ax.plot(*mu[0], "rx", markersize=9, markeredgewidth=2)
+            ax.scatter(*points.T, s=2, color="0.6")
+            ax.plot(*mu.flatten(), "rx", markersize=9, markeredgewidth=2)
             ax.set(xticks=[], yticks=[], xlim=(-3.6, 2.6), ylim=(-3.4, 2.6), aspect="equal")
             if lambda2 == lambdas2[0]:
                 ax.set_title(f"$\\lambda_1$ = {lambda1:g}")
         row[0].set_ylabel(f"$\\lambda_2$ = {lambda2:g}")
-        right, log_a = row[-1], a.log()[None, None]
-        for mean_shift, style in ((False, "C0.-"), (True, "C1.--")):
-            routing, js = routing_of(0.1, lambda2, mean_shift), []
-            mu, c = votes.mean(0)[None], None
+        right, routing = row[-1], routing_of(0.1, lambda2)
+        for label, style, step in (
+                ("mean (Eq. 4)", "C0.-", lambda mu, c: update_pose(c, votes)),
+                ("mean shift", "C1.--", lambda mu, c: mean_shift(routing, mu, votes, c))):
+            mu, js = votes.mean(0), []
             for _ in range(8):
-                c, _ = routing.compatibility(mu, votes[None], log_a, c, None)
-                for mu in (mu, routing.pose(mu, votes[None], c)):
-                    k = routing.similarity(mu, votes[None])
+                c, _ = routing.compatibility(mu, votes, log_a, None, None)
+                for mu in (mu, step(mu, c)):
+                    k = routing.similarity(mu, votes)
                     js.append(routing_objective(k, c, log_a, *routing.lambdas()).item())
-            steps = torch.arange(1, len(js) + 1) / 2
-            right.plot(steps, js, style, label="mean shift" if mean_shift else "mean (Eq. 4)")
+            right.plot(torch.arange(1, len(js) + 1) / 2, js, style, label=label)
         right.set_ylabel("J (Eq. 2)")
     axes[0, -1].set_title("$\\lambda_1$ = 0.1: the objective")
     axes[0, -1].legend()

@@ -1,0 +1,46 @@
+"""Images per second of training steps and of scoring, on random images, and the peak memory.
+
+    PYTHONPATH=. OMP_NUM_THREADS=1 python results/speeds.py --routing em --batch-size 128
+
+The options are train.py's. Where the machine is shared, compare only what was run side by side.
+"""
+
+import resource
+
+import torch
+import torch.nn.functional as F
+from torch.utils.benchmark import Timer
+
+import train
+from capsnet import CapsNet
+
+args, _ = train.parse()
+net, device, size = train.make(args, None, CapsNet), torch.device(args.device), args.batch_size
+train.speed_up(net, args)
+optimizer = torch.optim.Adam(net.parameter_groups(1e-4))
+images = torch.randn(size, *net.image_shape, device=device)
+labels = torch.zeros(size, dtype=torch.int64, device=device)
+
+
+def training():
+    optimizer.zero_grad()
+    F.cross_entropy(net(images)[1], labels).backward()
+    optimizer.step()
+
+
+@torch.no_grad()
+def scoring():
+    net.forward(images)
+
+
+for call, mode in ((training, True), (scoring, False)):
+    net.train(mode)
+    call()  # compiles
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    rate = size / timer.blocked_autorange(min_run_time=10).median
+    print(f"{args.routing}, batches of {size}, {call.__name__}: {rate:.1f} images/s")
+if device.type == "cuda":
+    memory = torch.cuda.max_memory_allocated(device) / 1e6
+else:
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # of Linux, in KB
+print(f"{device}, {torch.get_num_threads()} threads: at most {memory:.0f} MB")
