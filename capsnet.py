@@ -231,9 +231,13 @@ class ConnectionistRouting(Routing):
         self.psi = mlp(hidden_size, *psi, 1)
 
     def compatibility(self, mu, votes, log_a, c, state):
-        a, mu, votes = log_a.exp().expand_as(c), mu.movedim(1, -1), votes.movedim(2, -1)
-        x = torch.cat([mu.expand_as(votes), votes, torch.stack([a, c], -1)], -1)
-        gates = F.linear(x, self.cell.weight_ih, self.cell.bias_ih + self.cell.bias_hh)
+        # The cell's product with [mu, v, a, c] part by part: compiled, those of v and a, which no
+        # iteration changes, are taken once; and votes are not copied beside the rest.
+        entries = votes.shape[2]
+        w_mu, w_v, w_a, w_c = self.cell.weight_ih.split([entries, entries, 1, 1], 1)
+        gates = (F.linear(votes.movedim(2, -1), w_v, self.cell.bias_ih + self.cell.bias_hh)
+                 + F.linear(mu.movedim(1, -1), w_mu)
+                 + log_a.exp().unsqueeze(-1) * w_a.squeeze(1) + c.unsqueeze(-1) * w_c.squeeze(1))
         if state:  # h and s, which are zero at first
             gates = gates + F.linear(state[0], self.cell.weight_hh)
         i, f, g, o = gates.chunk(4, -1)  # (I, O, N, hidden_size) each

@@ -131,6 +131,7 @@ def make(args, checkpoint, build):
 
 
 def compiler_works():
+    """Try it; if it does not, say so in one line, where PyTorch would print thousands."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8))
         return True
@@ -139,21 +140,23 @@ def compiler_works():
         print(f"running uncompiled, which is slower: {reason}", flush=True)
 
 
+def one_by_one(run):
+    """run(pose, logit), of a ConvCaps, on a batch: image after image."""
+    def on_batch(pose, logit):
+        outputs = [run(*image) for image in zip(pose.split(1), logit.split(1))]
+        return [torch.cat(parts) for parts in zip(*outputs)]
+    return on_batch
+
+
 def speed_up(net, args):
-    """Compile, and on a CPU let the layers of convolutional capsules take one image after another,
-    so that its votes stay in the cache. The numbers are the same."""
+    """Compile. On a CPU the votes of one image stay in the cache, those of a batch do not."""
     compiled = args.compile and compiler_works()
     if torch.device(args.device).type == "cuda" and compiled:
         net.compile(mode="reduce-overhead")  # as CUDA graphs, or launching takes the time
     elif torch.device(args.device).type == "cpu":
         for layer in [m for m in net.modules() if isinstance(m, ConvCaps)][:-1]:
             run = torch.compile(layer.forward, dynamic=False) if compiled else layer.forward
-            layer.forward = one_by_one(run)  # not class_caps, which has 2 % of the votes
-
-
-def one_by_one(run):
-    return lambda *batch: [torch.cat(parts) for parts in
-                           zip(*(run(*image) for image in zip(*(x.split(1) for x in batch))))]
+            layer.forward = one_by_one(run)  # not of class_caps, which has 2 % of the votes
 
 
 @torch.no_grad()
@@ -249,8 +252,8 @@ def main(argv=None, build=CapsNet):
             order = torch.randperm(len(fit.labels), generator=generator).to(device)
         batch = order[place * size:(place + 1) * size]
         noise.manual_seed((1_000_003 * args.seed + step) % 2**32)  # a CPU uses no more bits
-        images, labels = data.augment(data.standardise(fit.images[batch]), spec, noise), \
-            fit.labels[batch]
+        images = data.augment(data.standardise(fit.images[batch]), spec, noise)
+        labels = fit.labels[batch]
         for group, lr in zip(optimizer.param_groups, top):  # a short rise, then straight to zero
             group["lr"] = lr * min(1, (step + 1) / WARMUP) * (1 - step / steps)
 
@@ -306,4 +309,4 @@ if __name__ == "__main__":
     except (data.DataError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
-        fail("interrupted; --resume CHECKPOINT continues a run")
+        fail("interrupted; --resume and the run's checkpoint.pt continue it")
