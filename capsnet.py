@@ -293,7 +293,7 @@ class ConvCaps(nn.Module):
         if routing.out_channels != out_channels:
             raise ValueError(f"routing: made for {routing.out_channels} output channels, expected "
                              f"{out_channels}")
-        self.routing = routing
+        self.in_channels, self.routing = in_channels, routing
         self.kernel_size, self.stride = (
             (n,) * spatial_dims if isinstance(n, int) else tuple(n) for n in (kernel_size, stride))
         inputs = in_channels * math.prod(self.kernel_size)
@@ -311,10 +311,11 @@ class ConvCaps(nn.Module):
 
     def forward(self, pose, logit):
         matrix, dims = self.weight.shape[-2:], len(self.kernel_size)
-        if pose.shape != logit.shape + matrix or logit.ndim != 2 + dims:
+        if (pose.shape != logit.shape + matrix or logit.ndim != 2 + dims
+                or logit.shape[1] != self.in_channels):
             raise ValueError(f"pose {tuple(pose.shape)}, logit {tuple(logit.shape)}: expected (B, "
-                             f"C, *grid, {', '.join(map(str, matrix))}), (B, C, *grid) with a grid "
-                             f"of {dims} dimensions")
+                             f"C, *grid, {', '.join(map(str, matrix))}), (B, C, *grid) with C = "
+                             f"{self.in_channels} and a grid of {dims} dimensions")
         pose = F.normalize(pose, dim=(-2, -1), eps=1e-4)
         pose, places = self.receptive_fields(pose)  # (I, P, P, N)
         log_a, _ = self.receptive_fields(F.logsigmoid(logit))  # (I, N)
@@ -421,7 +422,7 @@ class EMRouting(Routing):
     r_ij = R_ij a_i is the weight of vote i in cluster j, and c = r / sum_i r, so that the mean of
     the M-step is Eq. 4. R is normalised over all parents of an input; at first they are equal.
     The activation's lambda is inverse_temperature * (1 - 0.95^(t+1)) in iteration t = 0, 1, ...
-    With 3 iterations this network fits smallNORB far worse, with 0.01 in 0.03's place somewhat.
+    With 3 iterations this network fits smallNORB far worse, with 0.01 instead of 0.03 somewhat.
     """
 
     def __init__(self, out_channels, pose_size=4, iterations=2, inverse_temperature=0.03):

@@ -31,7 +31,7 @@ class Spec(NamedTuple):
     """What is known about a data set before it is loaded."""
 
     classes: tuple     # names, in the order of the labels
-    cameras: int       # how many views of a scene there are, at most: the channels
+    cameras: int       # the most views of a scene that can be asked for: channels
     size: int          # stored height and width
     crop: int          # height and width that the network sees
     brightness: float  # strengths of the augmentation, see `augment`
@@ -57,9 +57,9 @@ class Dataset(NamedTuple):
 def load(name, data_dir="datasets", cameras=1):
     """(train, test) Datasets of "toys", "mnist" or "smallnorb", from files in data_dir/name.
 
-    The official files are used where they are, raw or .gz, and downloaded where they are not. The
-    result is cached beside them, and from then on the cache is used, even alone. cameras: 1 or, for
-    smallnorb, 2; they become the channels. Raises DataError.
+    Toys are rendered. The official files are used where they are, raw or .gz, and downloaded where
+    they are not. The result is cached there, and from then on the cache is used, even alone.
+    cameras: 1 or, for smallnorb, 2; they become the channels. Raises DataError.
     """
     if name not in SPECS or cameras not in range(1, SPECS[name].cameras + 1):
         raise DataError(f"data set {name!r} with {cameras} cameras: expected one of "
@@ -69,7 +69,7 @@ def load(name, data_dir="datasets", cameras=1):
     try:
         cached = torch.load(cache, weights_only=True)
         splits = Dataset(*cached["train"]), Dataset(*cached["test"])
-        _note(f"data: {cache}; delete it when the files beside it change")
+        _note(f"data: {cache}; delete it to have it made anew")
         return splits
     except FileNotFoundError:
         pass
@@ -164,14 +164,14 @@ def _download(folder, file):
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(mirror + path.name, str(path), file.sha256)
             return path
-        except (OSError, RuntimeError, http.client.HTTPException) as error:  # its own: the hash
+        except (OSError, RuntimeError, http.client.HTTPException) as error:  # Runtime: hash
             reasons.append(f"{mirror}: {' '.join(str(error).split())}")
     raise DataError(f"{path}: download failed ({'; '.join(reasons)}); get {mirror}{path.name} by "
                     f"other means and put it in {folder}")
 
 
 def _read(folder, file):
-    """The array of a published file, raw or .gz. No more is read than was published."""
+    """The array of a published file, raw or .gz. At most a byte more is read than was published."""
     raw, packed = folder / file.name, folder / (file.name + ".gz")
     path = next((p for p in (raw, packed) if p.is_file()), None) or _download(folder, file)
     size = file.header + math.prod(file.shape) * np.dtype(file.dtype).itemsize

@@ -472,7 +472,7 @@ def test_batch_of_one_or_none_equals_the_same_images_in_a_batch(name):
     net.to(memory_format=torch.channels_last)
     torch.testing.assert_close(net(images), (poses, logits))
     assert net.bfloat16()(images.bfloat16())[1].isfinite().all()
-    assert logits.dtype == torch.float64 and logits.std(0).min() > 1e-9
+    assert logits.dtype == torch.float64 and logits.std(0).min() > 1e-6
     with torch.device("meta"):
         net = CapsNet((1, 17, 17), 3, name)
     assert net(torch.empty(2, 1, 17, 17, device="meta"))[1].shape == (2, 3)
@@ -493,6 +493,7 @@ def test_every_parameter_gets_a_gradient(name):
     (lambda: tiny_net("em")(torch.zeros(1, 17, 19)), r"\(1, 17, 19\).*\(B, .*1, 17, 19"),
     (lambda: ConvCaps(8, 16, 3, cn.EMRouting(1)), "made for 1 output channels, expected 16"),
     (lambda: small_layer("em")(rand(1, 2, 6, 2, 2), rand(1, 2, 5)), r"2, 6, .*2, 5\): expected"),
+    (lambda: small_layer("em", 1)(rand(1, 1, 6, 2, 2), rand(1, 1, 6)), "with C = 2 and"),
     (lambda: small_layer("em")(rand(1, 2, 5, 5, 2, 2), rand(1, 2, 5, 5)), "grid of 1 dimensions"),
 ])
 def test_wrong_sizes_and_names_raise_one_informative_line(call, words):
@@ -501,10 +502,9 @@ def test_wrong_sizes_and_names_raise_one_informative_line(call, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (2, 2)])
-def test_wrong_channels_or_a_grid_smaller_than_the_kernel_do_not_run(shape):
+def test_a_grid_smaller_than_the_kernel_does_not_run():
     with pytest.raises(RuntimeError):
-        small_layer("em")(rand(1, *shape, 2, 2), rand(1, *shape))
+        small_layer("em")(rand(1, 2, 2, 2, 2), rand(1, 2, 2))
 
 
 @pytest.mark.parametrize("name, backend", [(n, "aot_eager") for n in MAKE] + [pytest.param(
@@ -691,7 +691,7 @@ def test_bad_cache_is_made_anew_runs_nothing_and_then_serves_alone(
     for name in FILES["mnist"]:
         (cache.parent / name).unlink()
     assert same(data.load("mnist", tmp_path), splits)
-    assert f"{cache}; delete it when" in capsys.readouterr().err
+    assert f"{cache}; delete it to" in capsys.readouterr().err
     assert not Path("harmed").exists()
 
 
@@ -819,6 +819,8 @@ def test_a_run_learns_and_stopped_resumed_and_prolonged_it_takes_the_same_steps(
     resume = ["--resume", str(cut / "checkpoint.pt"), "--data-dir", small_mnist[1], "--device",
               device, "--no-compile"]
     assert "--epochs 1: " in fails([*resume, "--epochs", "1"])
+    for other in ("--batch-size", "5"), ("--option", "num_kernels=4"), ("--validate", "1"):
+        assert "checkpoint.pt was started with" in fails([*resume, *other])
     train.main(resume)
     assert device != "cpu" or same_runs(whole, cut)
     train.main([*resume, "--epochs", "5"])
@@ -834,7 +836,8 @@ def test_files_that_are_no_weights_are_refused_and_run_nothing(small_mnist, tmp_
     monkeypatch.chdir(tmp_path)
     whole = saved({"settings": {"dataset": "mnist"}, "model": torch.zeros(5000)})
     harmful = saved({"settings": {"dataset": "mnist"}, "model": Harmful()})
-    for content in harmful, whole[:-3000], b"", saved({"state_dict": {}}):
+    unfinished = saved({"settings": {"dataset": "mnist"}, "optimizer": {}})
+    for content in harmful, whole[:-3000], b"", saved({"state_dict": {}}), unfinished:
         Path("weights.pt").write_bytes(content)
         for option in "--eval", "--resume":
             assert "weights.pt: expected" in fails([option, "weights.pt"])
@@ -980,12 +983,12 @@ def test_a_failed_save_leaves_the_file_before_it(tmp_path):
     path = tmp_path / "checkpoint.pt"
     path.write_text("whole")
 
-    def full(aside):
-        aside.write_text("half")
-        raise OSError(28, "No space left on device")
+    def full():
+        with data.written_aside(path) as aside:
+            aside.write_text("half")
+            raise OSError(28, "No space left on device")
 
-    assert "checkpoint.pt: cannot be written ([Errno 28] No space left" in error_of(
-        lambda: train.write(path, full))
+    assert "checkpoint.pt: cannot be written ([Errno 28] No space left" in error_of(full)
     assert path.read_text() == "whole" and os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
@@ -994,9 +997,9 @@ def test_a_compiler_that_does_not_work_is_named_in_one_line(tmp_path):
     compiler = tmp_path / "g++"
     compiler.write_text("#!/bin/sh\necho 'no developer tools' >&2; exit 1\n")
     compiler.chmod(0o755)
-    program = "import train; print(train.compiler_works())"
+    program = "import train; print(train.compiler_works('cpu'))"
     environment = os.environ | {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", program], cwd=HERE, env=environment,
                          capture_output=True, text=True)
-    assert re.fullmatch("running uncompiled, which is slower: .+\nNone\n", run.stdout)
+    assert re.fullmatch("running uncompiled, which is slower: .+\nFalse\n", run.stdout)
     assert run.stderr in ("", "no developer tools\n")  # the compiler's own

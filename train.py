@@ -49,36 +49,41 @@ def assignment(text):
 def parse(argv=None):
     """-> (settings, the checkpoint that they continue or score, or None)."""
     parser = argparse.ArgumentParser(description="Train a capsule network with learned routing.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      allow_abbrev=False)
-    add = parser.add_argument
-    add("--dataset", choices=data.SPECS, default="toys", help="toys need no download")
-    add("--cameras", type=int, default=1, help="1 or, of smallnorb, 2: as channels")
-    add("--routing", choices=ROUTINGS, default="similarity", help="the routing procedure")
+    add, default = parser.add_argument, " (default: %(default)s)"
+    add("--dataset", choices=data.SPECS, default="toys", help="toys need no download" + default)
+    add("--cameras", type=int, default=1, help="1 or, of smallnorb, 2: as channels" + default)
+    add("--routing", choices=ROUTINGS, default="similarity", help="the routing procedure" + default)
     add("--iterations", type=int, help="if not the routing's own; 0 is the mean vote")
     add("--option", type=assignment, metavar="NAME=VALUE", action="append", default=[],
         help="for the routing's constructor, such as lambda1=1; may be repeated")
     add("--epochs", type=int, help=f"if not {EPOCHS}")
-    add("--batch-size", type=int, default=16, help="images per step")
+    add("--batch-size", type=int, default=16, help="images per step" + default)
     add("--lr", type=float, help=f"Adam's highest learning rate, if not {LR}")
     add("--validate", type=int, metavar="INSTANCE",
         help="hold out this training instance of every class, and leave the test set alone")
-    add("--crops", type=int, default=1, help="score N x N crops, 1: the central one")
-    add("--seed", type=int, default=0, help="of weights, order and augmentation")
-    add("--compile", action=argparse.BooleanOptionalAction, help="faster, after a minute",
+    add("--crops", type=int, default=1, help="score N x N crops, 1: the central one" + default)
+    add("--seed", type=int, default=0, help="of weights, order and augmentation" + default)
+    add("--compile", action=argparse.BooleanOptionalAction, help="faster, after a minute" + default,
         default=bool(shutil.which(os.environ.get("CXX", "g++"))))
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to run on")
-    add("--data-dir", default="datasets", help="where the data sets are, or will be put")
+    add("--device", help="to run on" + default,
+        default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--data-dir", default="datasets", help="where the data sets are, or will be put" + default)
     add = parser.add_mutually_exclusive_group().add_argument
     add("--out", type=Path, help="folder for the run, if not a new one in runs/")
     add("--resume", type=Path, metavar="CHECKPOINT",
-        help="continue this run with its settings, but for those given again: more --epochs")
+        help="continue this run with its settings; --epochs, --lr, --crops may be given again")
     add("--eval", type=Path, metavar="WEIGHTS", help="score these weights")
     args, checkpoint = parser.parse_args(argv), None
     if args.resume or args.eval:
         checkpoint = load_checkpoint(args)
         saved = dict(checkpoint["settings"], **{"validate": None} if args.eval else {})
         args = parser.parse_args(argv, argparse.Namespace(**saved))  # these are the defaults now
+        free = ("epochs", "lr", "crops", *LOCAL)  # what a run may go on with, if it is given again
+        for name in saved.keys() - {*free} if args.resume else ():
+            if vars(args)[name] != saved[name]:
+                fail(f"--{name.replace('_', '-')} {vars(args)[name]}: {args.resume} was started "
+                     f"with {saved[name]}")
     args.epochs = EPOCHS[args.dataset] if args.epochs is None else args.epochs
     args.lr = LR.get(args.routing, 3e-3) if args.lr is None else args.lr
     for name, low in (("batch_size", 1), ("crops", 1), ("epochs", 0), ("lr", 0)):
@@ -90,7 +95,9 @@ def parse(argv=None):
 def load_checkpoint(args):
     try:
         checkpoint = torch.load(args.resume or args.eval, map_location="cpu", weights_only=True)
-        checkpoint["settings"]["dataset"], checkpoint["optimizer" if args.resume else "model"]
+        data.SPECS[checkpoint["settings"]["dataset"]], checkpoint["model"]
+        if args.resume:
+            [checkpoint[name] for name in ("step", "rows", "seconds", "sums", "optimizer")]
         return checkpoint
     except Exception as error:  # the unpickler may raise anything on a damaged or foreign file
         fail(f"{args.resume or args.eval}: expected {'checkpoint.pt' if args.resume else 'weights'}"
@@ -101,12 +108,6 @@ def settings_of(args):
     return {name: value for name, value in vars(args).items() if name not in LOCAL}
 
 
-def write(path, save):
-    """save(name) beside `path`, then rename: it is whole or as it was."""
-    with data.written_aside(path) as aside:
-        save(aside)
-
-
 # ------------------------------------------------------------------------- model and evaluation
 
 
@@ -114,7 +115,7 @@ def make(args, checkpoint, build):
     """The network on its device: of the seed, or as in the checkpoint."""
     spec = data.SPECS[args.dataset]
     options = {} if args.iterations is None else {"iterations": args.iterations}
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % 2**64)
     try:
         net = build((args.cameras, spec.crop, spec.crop), len(spec.classes), args.routing,
                     **options, **dict(args.option))
@@ -130,18 +131,19 @@ def make(args, checkpoint, build):
     return net.to(args.device)
 
 
-def compiler_works():
+def compiler_works(device):
     """Try it; if it does not, say so in one line, where PyTorch would print thousands."""
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8))
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
         return True
     except Exception as error:  # whatever a compiler can do wrong
-        reason = [line for line in str(error).splitlines() if line.strip()][0]
+        reason = next(filter(str.strip, str(error).splitlines()), type(error).__name__)
         print(f"running uncompiled, which is slower: {reason}", flush=True)
+        return False
 
 
 def one_by_one(run):
-    """run(pose, logit), of a ConvCaps, on a batch: image after image."""
+    """run, a ConvCaps' forward, for a batch: one image after another."""
     def on_batch(pose, logit):
         outputs = [run(*image) for image in zip(pose.split(1), logit.split(1))]
         return [torch.cat(parts) for parts in zip(*outputs)]
@@ -149,13 +151,15 @@ def one_by_one(run):
 
 
 def speed_up(net, args):
-    """Compile. On a CPU the votes of one image stay in the cache, those of a batch do not."""
-    compiled = args.compile and compiler_works()
-    if torch.device(args.device).type == "cuda" and compiled:
+    """Compile; and on a CPU, where the votes of one image stay in the cache and those of a batch do
+    not, take one image after another."""
+    torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions do anyway
+    args.compile = args.compile and compiler_works(args.device)
+    if torch.device(args.device).type == "cuda" and args.compile:
         net.compile(mode="reduce-overhead")  # as CUDA graphs, or launching takes the time
     elif torch.device(args.device).type == "cpu":
         for layer in [m for m in net.modules() if isinstance(m, ConvCaps)][:-1]:
-            run = torch.compile(layer.forward, dynamic=False) if compiled else layer.forward
+            run = torch.compile(layer.forward, dynamic=False) if args.compile else layer.forward
             layer.forward = one_by_one(run)  # not of class_caps, which has 2 % of the votes
 
 
@@ -200,9 +204,8 @@ def main(argv=None, build=CapsNet):
     spec, device, size = data.SPECS[args.dataset], args.device, args.batch_size
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         fail(f"--device {device}: {str(error).splitlines()[0]}")
-    torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions do anyway
     splits, name = data.load(args.dataset, args.data_dir, args.cameras), "test"
     if args.validate is not None:
         splits, name = data.hold_out(splits[0], args.validate), "validation"
@@ -236,7 +239,8 @@ def main(argv=None, build=CapsNet):
         uninterrupted one bit for bit."""
         state = dict(settings=settings_of(args), model=net.state_dict(), sums=sums, step=step,
                      optimizer=optimizer.state_dict(), rows=rows, seconds=time.time() - start)
-        write(out / "checkpoint.pt", lambda aside: torch.save(state, aside))
+        with data.written_aside(out / "checkpoint.pt") as aside:
+            torch.save(state, aside)
 
     save()  # a folder that cannot be written shows now
     print(f"{args.routing} routing on {args.dataset}: {len(fit.labels)} training images, "
@@ -288,18 +292,21 @@ def main(argv=None, build=CapsNet):
             sums.zero_()
             # Before the checkpoint: a run that is killed between the two repeats this step.
             lines = [",".join(map(str, cells)) for cells in (rows[0], *(r.values() for r in rows))]
-            write(out / "metrics.csv", lambda aside: aside.write_text("\n".join(lines) + "\n"))
+            with data.written_aside(out / "metrics.csv") as aside:
+                aside.write_text("\n".join(lines) + "\n")
             save()
+            shown = time.time(), step
 
     show(confusion := evaluate(net, held_out, args), spec.classes, name)
     result = {f"{name}_error": error_of(confusion), "seconds": rows[-1]["seconds"] if rows else 0,
               "settings": settings_of(args), "confusion": confusion.tolist()}
-    write(out / "result.json", lambda aside: aside.write_text(json.dumps(result) + "\n"))
+    with data.written_aside(out / "result.json") as aside:
+        aside.write_text(json.dumps(result) + "\n")
     # From the CPU, so that torch.load opens them on a machine without this device.
     weights = {"settings": settings_of(args), "model": net.cpu().state_dict()}
-    write(out / "weights.pt", lambda aside: torch.save(weights, aside))
-    print(f"epochs in {out / 'metrics.csv'}; to score again: python train.py --eval "
-          f"{out / 'weights.pt'}; next: python train.py --help; pictures: results/figures")
+    with data.written_aside(out / "weights.pt") as aside:
+        torch.save(weights, aside)
+    print(f"all files in {out}; to score again: python {sys.argv[0]} --eval {out / 'weights.pt'}")
 
 
 if __name__ == "__main__":
@@ -309,4 +316,4 @@ if __name__ == "__main__":
     except (data.DataError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
-        fail("interrupted; --resume and the run's checkpoint.pt continue it")
+        fail("interrupted; a run that had begun goes on with --resume and its checkpoint.pt")

@@ -1,10 +1,8 @@
 """The plain CNN that the README compares with: train.py, another network in the capsules' place.
 
-    PYTHONPATH=. python results/plain_cnn.py --epochs 45 --seed 0 --out runs/cnn
+    PYTHONPATH=. python results/plain_cnn.py --dataset smallnorb --lr 6e-3 --out runs/cnn
     PYTHONPATH=. python results/plain_cnn.py --eval runs/cnn/weights.pt --crops 2
 """
-
-import sys
 
 from torch import nn
 
@@ -36,4 +34,4 @@ class PlainCNN(nn.Module):
 
 
 if __name__ == "__main__":
-    train.main(["--dataset", "smallnorb", "--no-compile", "--lr", "6e-3", *sys.argv[1:]], PlainCNN)
+    train.main(build=PlainCNN)
