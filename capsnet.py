@@ -280,7 +280,7 @@ class ConvCaps(nn.Module):
     pose (B, C, *grid, P, P), logit (B, C, *grid)
         -> pose (B, O, *out, P, P), logit (B, O, *out), compatibility (B, O, *out, I)
     Images do not influence each other. ValueError if the routing has other out_channels, or pose
-    and logit have not these shapes; RuntimeError if the grid is smaller than the kernel.
+    and logit do not have these shapes; RuntimeError if the grid is smaller than the kernel.
 
         layer = ConvCaps(8, 16, kernel_size=3, stride=2, routing=SimilarityRouting(16))
         pose, logit, c = layer(torch.randn(2, 8, 14, 14, 4, 4), torch.randn(2, 8, 14, 14))
@@ -321,7 +321,8 @@ class ConvCaps(nn.Module):
         log_a, _ = self.receptive_fields(F.logsigmoid(logit))  # (I, N)
         index = torch.arange(logit.numel(), device=logit.device).view(logit.shape)
         fields = self.receptive_fields(index)[0], logit.numel()
-        votes = compute_votes(pose, self.weight).to(self.weight.dtype)  # of autocast: too few bits
+        votes = compute_votes(pose, self.weight)
+        votes = votes.to(self.weight.dtype)  # routing needs more bits than autocast's bfloat16 has
         routed = self.routing(votes, log_a.to(votes.dtype).unsqueeze(1), fields)
         mu, logit, c = (x.unflatten(-1, places).movedim(-1 - dims, 0) for x in routed)
         # (B, O, D, *out), (B, O, *out), (B, I, O, *out)

@@ -164,7 +164,8 @@ def _download(folder, file):
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(mirror + path.name, str(path), file.sha256)
             return path
-        except (OSError, RuntimeError, http.client.HTTPException) as error:  # Runtime: hash
+        # RuntimeError is for a wrong hash: an error page, or cut off.
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
             reasons.append(f"{mirror}: {' '.join(str(error).split())}")
     raise DataError(f"{path}: download failed ({'; '.join(reasons)}); get {mirror}{path.name} by "
                     f"other means and put it in {folder}")
