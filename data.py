@@ -228,27 +228,38 @@ def crops(images, size, per_side=1):
     return [images[:, :, top:top + size, left:left + size] for top in tops for left in lefts]
 
 
-def augment(images, spec, generator):
+def augment(images, spec):
     """Random crop, contrast and brightness, drawn for each image alone; the training distortion.
 
     images: (B, C, H, W) float32, standardised. Returns (B, C, crop, crop): a window at a uniformly
     drawn place, times U(1 - contrast, 1 + contrast), plus U(-brightness, brightness), as in spec.
-    generator: torch.Generator on the device of the images, the only source of randomness.
     """
     count, _, height, width = images.shape
     size, device = spec.crop, images.device
 
     def uniform(strength):
-        drawn = torch.rand(count, 1, 1, 1, generator=generator, device=device)
+        drawn = torch.rand(count, 1, 1, 1, device=device)
         return strength * (2 * drawn - 1)
 
     def places(room):
-        start = torch.randint(room - size + 1, (count, 1), generator=generator, device=device)
+        start = torch.randint(room - size + 1, (count, 1), device=device)
         return start + torch.arange(size, device=device)
 
     rows, columns = places(height)[:, None, :, None], places(width)[:, None, None, :]
     windows = images.take_along_dim(rows, 2).take_along_dim(columns, 3)  # (B, C, crop, crop)
     return windows * (1 + uniform(spec.contrast)) + uniform(spec.brightness)
+
+
+def mixup(images, labels, num_classes, alpha):
+    """Each image blended with another one of the batch, and so its label (Zhang et al., ICLR 2018).
+
+    -> images, and targets (B, num_classes): the share of each class. An image and its label keep
+    the larger of two shares of Beta(alpha, alpha): near 1 mostly, if alpha is small.
+    """
+    share = torch.distributions.Beta(*images.new_full((2,), alpha)).sample((len(images),))
+    share, other = torch.maximum(share, 1 - share), torch.randperm(len(images))
+    targets = F.one_hot(labels, num_classes).float()
+    return [x[other].lerp(x, share.view(-1, *[1] * (x.ndim - 1))) for x in (images, targets)]
 
 
 def hold_out(train, instance):

@@ -722,7 +722,8 @@ def test_augment_and_crops():
 
     def run(brightness, contrast, seed=0):
         spec = data.SPECS["mnist"]._replace(crop=6, brightness=brightness, contrast=contrast)
-        return data.augment(image.repeat(500, 1, 1, 1), spec, torch.Generator().manual_seed(seed))
+        torch.manual_seed(seed)
+        return data.augment(image.repeat(500, 1, 1, 1), spec)
 
     plain, out = run(0, 0), run(2, .5)
     assert torch.equal(out, run(2, .5)) and not torch.equal(out, run(2, .5, seed=1))
@@ -741,6 +742,20 @@ def test_augment_and_crops():
     assert torch.equal(*data.crops(image, 4), image[:, :, 2:6, 3:7])
     assert [divmod(int(c[0, 0, 0, 0]), 10) for c in data.crops(image, 2, 3)] == [
         (top, left) for top in (1, 3, 5) for left in (1, 4, 6)]
+
+
+def test_mixup_blends_pairs_of_images_and_their_labels():
+    torch.manual_seed(0)
+    labels = torch.arange(400) % 5
+    mixed, targets = data.mixup(labels.view(-1, 1, 1, 1).expand(-1, 2, 3, 3) + 1.0, labels, 5, 0.2)
+    share = targets[torch.arange(400), labels]  # its own: 1 if it met its own class
+    assert 0.5 <= share.min() < 0.55 and 0.8 < share.mean() < 0.95
+    # The image is its number of the class, so its mean is that of the targets.
+    expected = targets @ torch.arange(1.0, 6).view(5, 1)
+    assert torch.allclose(mixed, expected.view(-1, 1, 1, 1).expand_as(mixed))
+    assert torch.allclose(targets.sum(1), torch.ones(400)) and ((targets > 0).sum(1) <= 2).all()
+    met = (targets > 0).float()[(targets > 0).sum(1) == 2].sum(0)  # all classes meet
+    assert len(met) == 5 and met.min() > 0.5 * met.max()
 
 
 # ------------------------------------------------------------------------------ train.py
@@ -963,10 +978,10 @@ def test_learning_rate_and_epochs_follow_routing_and_data_set_unless_given():
 def test_seeds_differ_in_weights_order_and_augmentation(small_mnist, tmp_path, monkeypatch):
     pixels, drawn, augment = [], [], data.augment
 
-    def spy(images, spec, noise):
+    def spy(images, spec):
         pixels.append(tuple(images[:, 0, 9, 9].tolist()))
-        drawn.append(torch.rand(1, generator=noise).item())
-        return augment(images, spec, noise)
+        drawn.append(torch.rand(1).item())
+        return augment(images, spec)
 
     monkeypatch.setattr(data, "augment", spy)
     for seed in "0", "1":

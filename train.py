@@ -60,6 +60,8 @@ def parse(argv=None):
     add("--epochs", type=int, help=f"if not {EPOCHS}")
     add("--batch-size", type=int, default=16, help="images per step" + default)
     add("--lr", type=float, help=f"Adam's highest learning rate, if not {LR}")
+    add("--mixup", type=float, default=0.0, metavar="ALPHA",
+        help="blend training images in shares of Beta(ALPHA, ALPHA), 0: not" + default)
     add("--validate", type=int, metavar="INSTANCE",
         help="hold out this training instance of every class, and leave the test set alone")
     add("--crops", type=int, default=1, help="score N x N crops, 1: the central one" + default)
@@ -86,7 +88,8 @@ def parse(argv=None):
                      f"with {saved[name]}")
     args.epochs = EPOCHS[args.dataset] if args.epochs is None else args.epochs
     args.lr = LR.get(args.routing, 3e-3) if args.lr is None else args.lr
-    for name, low in (("batch_size", 1), ("crops", 1), ("epochs", 0), ("lr", 0)):
+    for name, low in (("batch_size", 1), ("crops", 1), ("epochs", 0), ("lr", 0),
+                      ("mixup", 0)):
         if not vars(args)[name] >= low:  # nan included
             fail(f"--{name.replace('_', '-')} {vars(args)[name]}: expected {low} or more")
     return args, checkpoint
@@ -248,22 +251,23 @@ def main(argv=None, build=CapsNet):
           + ", compiling first, for up to a minute" * args.compile, flush=True)
 
     order, shown = None, None  # of the epoch; when and at which step the last line was
-    noise = torch.Generator(device)  # of the augmentation
     while step < steps:
         epoch, place = divmod(step, per_epoch)
         if order is None or place == 0:
             generator = torch.Generator().manual_seed((1000 * args.seed + epoch) % 2**32)
             order = torch.randperm(len(fit.labels), generator=generator).to(device)
         batch = order[place * size:(place + 1) * size]
-        noise.manual_seed((1_000_003 * args.seed + step) % 2**32)  # a CPU uses no more bits
-        images = data.augment(data.standardise(fit.images[batch]), spec, noise)
-        labels = fit.labels[batch]
+        torch.manual_seed((1_000_003 * args.seed + step) % 2**32)  # a CPU uses no more bits
+        images = data.augment(data.standardise(fit.images[batch]), spec)
+        targets = labels = fit.labels[batch]
+        if args.mixup:
+            images, targets = data.mixup(images, labels, len(spec.classes), args.mixup)
         for group, lr in zip(optimizer.param_groups, top):  # a short rise, then straight to zero
             group["lr"] = lr * min(1, (step + 1) / WARMUP) * (1 - step / steps)
 
         optimizer.zero_grad()  # first: a CUDA graph overwrites the gradients it returned
         logits = net(images)[1]
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits, targets)
         loss.backward()
         if not nn.utils.clip_grad_norm_(net.parameters(), CLIP).isfinite():
             fail(f"step {step + 1}: the loss is {loss.item()}, its gradient not finite; what is "
