@@ -97,6 +97,8 @@ class Routing(nn.Module):
         # (16, 16, 2), (16, 2), (72, 16, 2)
     """
 
+    lr = 3e-3  # of Adam, at its highest: what `CapsNet` was trained at with this procedure
+
     def __init__(self, out_channels, iterations, at_least=1):
         super().__init__()
         if iterations < at_least:
@@ -161,9 +163,13 @@ class SimilarityRouting(Routing):
     iterations=0 is the mean vote, without routing.
     """
 
+    lr = 1.2e-2
+
     def __init__(self, out_channels, pose_size=4, iterations=3, num_kernels=4, widths=(0.1, 1.0),
                  lambda1=0.2, lambda2=0.2, theta1=20.0):
         super().__init__(out_channels, iterations, at_least=0)
+        if min(num_kernels, *widths, lambda1, lambda2) <= 0:
+            raise ValueError("num_kernels, widths, lambda1, lambda2: expected more than 0")
         first, last = (math.log(width) for width in widths)
         lambdas, theta = torch.tensor([lambda1, lambda2]), torch.tensor([theta1, 0.0, 1.0])
         self.log_lambda = nn.Parameter(lambdas.log()[:, None].repeat(1, out_channels))
@@ -340,14 +346,16 @@ ROUTINGS = {  # with Table 2: what is not the procedure's default in caps1, caps
 class CapsNet(nn.Module):
     """Table 1: a convolution, primary capsules, two convolutional capsule layers, class capsules.
 
-    image_shape: (channels, *spatial), one to three spatial dimensions of 17 or more each.
+    image_shape: (channels, *spatial), one to three spatial dimensions of 17 or more each: of grey
+        images (1, height, width); (height, width) would be rows with `height` channels.
+    pose_size: P, 2 or more: of a single entry its norm would leave the sign.
     routing: one of ROUTINGS; routing_options go to the routing of all three layers: iterations=2.
     channels: of the convolution and of the three capsule layers below the classes.
 
     forward(images (B, *image_shape)) -> poses (B, num_classes, P, P), logits (B, num_classes)
     In float16 under autocast only: .half() underflows.
     ValueError if image_shape is too small for the kernels, routing is not one of ROUTINGS, channels
-    are not four, or the images have another shape.
+    are not four, a number is not positive, or the images have another shape.
     """
 
     def __init__(self, image_shape, num_classes, routing="similarity", channels=(64, 8, 16, 16),
@@ -363,6 +371,9 @@ class CapsNet(nn.Module):
                              "to three spatial dimensions of 17 or more")
         if routing not in ROUTINGS:
             raise ValueError(f"routing {routing!r}: expected one of {', '.join(ROUTINGS)}")
+        if len(channels) != 4 or min(*channels, num_classes) < 1:
+            raise ValueError(f"channels {channels}, num_classes {num_classes}: expected four "
+                             "numbers, and one, of 1 or more")
         procedure, *sizes = ROUTINGS[routing]
         features, primary, hidden1, hidden2 = channels
         conv, batch_norm = getattr(nn, f"Conv{dims}d"), getattr(nn, f"BatchNorm{dims}d")
@@ -426,6 +437,8 @@ class EMRouting(Routing):
     With 3 iterations this network fits smallNORB far worse, with 0.01 instead of 0.03 somewhat.
     """
 
+    lr = 6e-3
+
     def __init__(self, out_channels, pose_size=4, iterations=2, inverse_temperature=0.03):
         super().__init__(out_channels, iterations)
         self.inverse_temperature = inverse_temperature
@@ -459,6 +472,8 @@ class DynamicRouting(Routing):
     gain: multiplies the votes. Eq. 1 halves their length, and squash all but squares what is short:
         without a gain poses are 0.02 long in caps1, 0.0005 in caps2.
     """
+
+    lr = 1.2e-2
 
     def __init__(self, out_channels, pose_size=4, iterations=3, gain=10.0):
         super().__init__(out_channels, iterations)

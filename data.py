@@ -103,7 +103,8 @@ def written_aside(path):
         yield aside
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise DataError(f"{path}: cannot be written ({' '.join(str(error).split())})") from error
+        raise DataError(f"{path}: cannot be written, for want of space or permission "
+                        f"({' '.join(str(error).split())})") from error
     finally:
         if aside.exists():
             aside.unlink()
@@ -173,11 +174,13 @@ def _download(folder, file):
 
 def _read(folder, file):
     """The array of a published file, raw or .gz. At most a byte more is read than was published."""
-    raw, packed = folder / file.name, folder / (file.name + ".gz")
-    path = next((p for p in (raw, packed) if p.is_file()), None) or _download(folder, file)
+    names = folder / file.name, folder / (file.name + ".gz")
+    path = next((path for path in names if path.is_file()), None) or _download(folder, file)
     size = file.header + math.prod(file.shape) * np.dtype(file.dtype).itemsize
     try:
-        with (open if path == raw else gzip.open)(path, "rb") as stream:
+        with open(path, "rb") as stream:
+            packed = stream.read(2) == b"\x1f\x8b"  # a browser may have unpacked what is named .gz
+        with (gzip.open if packed else open)(path, "rb") as stream:
             content = stream.read(size + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error}), expected the published file; replace "

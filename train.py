@@ -1,8 +1,7 @@
 """Train and evaluate the capsule network of capsnet.py: `python train.py --help`.
 
-A run has a folder of its own: metrics.csv, a line per epoch; checkpoint.pt, saved every ten
-seconds, which `--resume` continues; and in the end weights.pt, which `--eval` scores, and
-result.json.
+A run has a folder of its own: checkpoint.pt, saved every ten seconds, which `--resume` continues;
+metrics.csv, a line per epoch; and in the end weights.pt, which `--eval` scores, and result.json.
 
 Protocol: settings are chosen with `--validate INSTANCE`, on training toys held out whole; the
 exceptions are in results/README.md (the number of epochs, and what the demo's toys look like).
@@ -12,6 +11,7 @@ Without it all training images are used, and the test set is looked at once, at 
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -27,10 +27,9 @@ import data
 from capsnet import ROUTINGS, CapsNet, ConvCaps
 
 EPOCHS = {"toys": 2, "mnist": 4, "smallnorb": 45}
-LR = {"similarity": 1.2e-2, "connectionist": 3e-3, "em": 6e-3, "dynamic": 1.2e-2}  # else 3e-3
 WARMUP, CLIP = 10, 1.0  # steps; norm of the gradient
 EVAL_BATCH, SHOW_SECONDS = 32, 10  # progress is shown, and saved, as often
-LOCAL = ("resume", "eval", "out", "data_dir", "device", "compile")  # of the machine, not the run
+LOCAL = ("data_dir", "device", "compile")  # settings of the machine, not of the run
 
 
 def fail(message):
@@ -59,7 +58,7 @@ def parse(argv=None):
         help="for the routing's constructor, such as lambda1=1; may be repeated")
     add("--epochs", type=int, help=f"if not {EPOCHS}")
     add("--batch-size", type=int, default=16, help="images per step" + default)
-    add("--lr", type=float, help=f"Adam's highest learning rate, if not {LR}")
+    add("--lr", type=float, help="Adam's highest learning rate, if not the routing's own")
     add("--mixup", type=float, default=0.0, metavar="ALPHA",
         help="blend training images in shares of Beta(ALPHA, ALPHA), 0: not" + default)
     add("--validate", type=int, metavar="INSTANCE",
@@ -73,42 +72,48 @@ def parse(argv=None):
     add("--data-dir", default="datasets", help="where the data sets are, or will be put" + default)
     add = parser.add_mutually_exclusive_group().add_argument
     add("--out", type=Path, help="folder for the run, if not a new one in runs/")
-    add("--resume", type=Path, metavar="CHECKPOINT",
-        help="continue this run with its settings; --epochs, --lr, --crops may be given again")
+    add("--resume", type=Path, metavar="CHECKPOINT", help="continue this run with its settings; of "
+        "the run --epochs, --lr and --crops, of the machine all may be given again")
     add("--eval", type=Path, metavar="WEIGHTS", help="score these weights")
     args, checkpoint = parser.parse_args(argv), None
     if args.resume or args.eval:
         checkpoint = load_checkpoint(args)
-        saved = dict(checkpoint["settings"], **{"validate": None} if args.eval else {})
+        more = checkpoint["local"] if args.resume else {"validate": None}
+        saved = checkpoint["settings"] | more
         args = parser.parse_args(argv, argparse.Namespace(**saved))  # these are the defaults now
-        free = ("epochs", "lr", "crops", *LOCAL)  # what a run may go on with, if it is given again
-        for name in saved.keys() - {*free} if args.resume else ():
+        for name in saved.keys() - {"epochs", "lr", "crops", *LOCAL} if args.resume else ():
             if vars(args)[name] != saved[name]:
                 fail(f"--{name.replace('_', '-')} {vars(args)[name]}: {args.resume} was started "
                      f"with {saved[name]}")
     args.epochs = EPOCHS[args.dataset] if args.epochs is None else args.epochs
-    args.lr = LR.get(args.routing, 3e-3) if args.lr is None else args.lr
-    for name, low in (("batch_size", 1), ("crops", 1), ("epochs", 0), ("lr", 0),
-                      ("mixup", 0)):
+    args.lr = ROUTINGS[args.routing][0].lr if args.lr is None else args.lr
+    for name, low in (("batch_size", 1), ("crops", 1), ("epochs", 0), ("lr", 0), ("mixup", 0)):
         if not vars(args)[name] >= low:  # nan included
             fail(f"--{name.replace('_', '-')} {vars(args)[name]}: expected {low} or more")
     return args, checkpoint
 
 
 def load_checkpoint(args):
+    path, kind = args.resume or args.eval, "checkpoint.pt" if args.resume else "weights.pt"
     try:
-        checkpoint = torch.load(args.resume or args.eval, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         data.SPECS[checkpoint["settings"]["dataset"]], checkpoint["model"]
         if args.resume:
-            [checkpoint[name] for name in ("step", "rows", "seconds", "sums", "optimizer")]
+            [checkpoint[name] for name in ("local", "step", "rows", "seconds", "sums", "optimizer")]
         return checkpoint
     except Exception as error:  # the unpickler may raise anything on a damaged or foreign file
-        fail(f"{args.resume or args.eval}: expected {'checkpoint.pt' if args.resume else 'weights'}"
-             f" of a run of this program ({type(error).__name__})")
+        fail(f"{path}: expected {kind} of a run of this program ({type(error).__name__})")
 
 
 def settings_of(args):
-    return {name: value for name, value in vars(args).items() if name not in LOCAL}
+    """Of the run: what its weights carry with them."""
+    return {name: value for name, value in vars(args).items()
+            if name not in (*LOCAL, "out", "resume", "eval")}
+
+
+def command(*arguments):
+    """What to type, quoted."""
+    return shlex.join(["python", sys.argv[0], *map(str, arguments)])
 
 
 # ------------------------------------------------------------------------- model and evaluation
@@ -122,15 +127,12 @@ def make(args, checkpoint, build):
     try:
         net = build((args.cameras, spec.crop, spec.crop), len(spec.classes), args.routing,
                     **options, **dict(args.option))
-    except (TypeError, ValueError, RuntimeError) as error:
-        fail(f"--iterations {args.iterations}, --option {args.option}: not for {args.routing} "
-             f"routing ({str(error).splitlines()[0]})")
-    if checkpoint:
-        try:
+        if checkpoint:
             net.load_state_dict(checkpoint["model"])
-        except (RuntimeError, TypeError, AttributeError):
-            fail(f"{args.resume or args.eval}: weights of another network than "
-                 f"--dataset {args.dataset} --routing {args.routing} asks for")
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        fail(f"{args.resume or args.eval or 'no such network'}: not for --dataset {args.dataset} "
+             f"--routing {args.routing} --iterations {args.iterations} --option {args.option} "
+             f"({' '.join(str(error).split())[:200]})")
     return net.to(args.device)
 
 
@@ -220,7 +222,7 @@ def main(argv=None, build=CapsNet):
 
     optimizer = torch.optim.Adam(net.parameter_groups(args.lr))
     top = [group["lr"] for group in optimizer.param_groups]
-    step, rows, seconds, sums = 0, [], 0.0, torch.zeros(3, device=device)  # loss, errors, images
+    step, rows, seconds, sums = 0, [], 0.0, torch.zeros(2, device=device)  # of the epoch, see below
     if args.resume:
         out = args.resume.parent
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -235,27 +237,29 @@ def main(argv=None, build=CapsNet):
     steps = args.epochs * per_epoch
     if step > steps:
         fail(f"--epochs {args.epochs}: {args.resume} has {step / per_epoch:.4g} behind it")
-    start = time.time() - seconds  # of the run, as if it had never been stopped
+    start = time.monotonic() - seconds  # of the run, as if it had never been stopped
 
     def save():
         """All that the next step depends on: on one CPU thread a resumed run repeats the
         uninterrupted one bit for bit."""
-        state = dict(settings=settings_of(args), model=net.state_dict(), sums=sums, step=step,
-                     optimizer=optimizer.state_dict(), rows=rows, seconds=time.time() - start)
+        state = dict(settings=settings_of(args), local={name: vars(args)[name] for name in LOCAL},
+                     model=net.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                     sums=sums, rows=rows, seconds=time.monotonic() - start)
         with data.written_aside(out / "checkpoint.pt") as aside:
             torch.save(state, aside)
 
     save()  # a folder that cannot be written shows now
     print(f"{args.routing} routing on {args.dataset}: {len(fit.labels)} training images, "
-          f"{sum(p.numel() for p in net.parameters())} parameters, {device}, run in {out}"
-          + ", compiling first, for up to a minute" * args.compile, flush=True)
+          f"{sum(p.numel() for p in net.parameters())} parameters, {device}"
+          + ", compiling first, for up to a minute" * args.compile
+          + "\nif it is stopped: " + command("--resume", out / "checkpoint.pt"), flush=True)
 
     order, shown = None, None  # of the epoch; when and at which step the last line was
     while step < steps:
         epoch, place = divmod(step, per_epoch)
         if order is None or place == 0:
-            generator = torch.Generator().manual_seed((1000 * args.seed + epoch) % 2**32)
-            order = torch.randperm(len(fit.labels), generator=generator).to(device)
+            torch.manual_seed((1000 * args.seed + epoch) % 2**32)
+            order = torch.randperm(len(fit.labels)).to(device)
         batch = order[place * size:(place + 1) * size]
         torch.manual_seed((1_000_003 * args.seed + step) % 2**32)  # a CPU uses no more bits
         images = data.augment(data.standardise(fit.images[batch]), spec)
@@ -274,32 +278,30 @@ def main(argv=None, build=CapsNet):
                  f"saved in {out / 'checkpoint.pt'} is from before")
         optimizer.step()
         step += 1
-        wrong = (logits.argmax(1) != labels).sum()
-        sums += torch.stack([loss.detach() * len(labels), wrong, wrong.new_tensor(len(labels))])
+        sums += torch.stack([loss.detach(), 100 * (logits.argmax(1) != labels).float().mean()])
 
-        now, ends = time.time(), step % per_epoch == 0
+        now, ends = time.monotonic(), step % per_epoch == 0
         shown = shown or (now, step)  # not the first step, which may compile
-        if step > shown[1] and (ends or now - shown[0] > SHOW_SECONDS):
-            rate, shown = (step - shown[1]) * size / (now - shown[0]), (now, step)
-            print(f"epoch {epoch + 1}/{args.epochs}  {rate:.0f} images/s  loss "
-                  f"{sums[0] / sums[2]:.4f}  training error {100 * sums[1] / sums[2]:.2f} %  "
-                  f"{(steps - step) * size / rate / 60:.0f} min left", flush=True)
-            if not ends:
-                save()
+        if not ends and now - shown[0] < SHOW_SECONDS:
+            continue
+        mean_loss, error = (sums / (place + 1)).tolist()
+        taken, done = now - shown[0], step - shown[1]  # since the last line
+        print(f"epoch {epoch + 1}/{args.epochs}  {done * size / max(taken, 1e-9):.0f} images/s  "
+              f"loss {mean_loss:.4f}  training error {error:.2f} %  "
+              f"{taken / max(done, 1) * (steps - step) / 60:.0f} min left", flush=True)
         if ends:
-            row = dict(epoch=epoch + 1, step=step, loss=(sums[0] / sums[2]).item(),
-                       training_error=(100 * sums[1] / sums[2]).item())
+            row = dict(epoch=epoch + 1, step=step, loss=mean_loss, training_error=error)
             if args.validate is not None:
                 row["validation_error"] = error_of(evaluate(net, held_out, args))
                 print(f"validation error {row['validation_error']:.2f} %", flush=True)
-            rows.append({**row, "seconds": round(time.time() - start, 1)})
+            rows.append({**row, "seconds": round(time.monotonic() - start, 1)})
             sums.zero_()
             # Before the checkpoint: a run that is killed between the two repeats this step.
             lines = [",".join(map(str, cells)) for cells in (rows[0], *(r.values() for r in rows))]
             with data.written_aside(out / "metrics.csv") as aside:
                 aside.write_text("\n".join(lines) + "\n")
-            save()
-            shown = time.time(), step
+        save()
+        shown = time.monotonic(), step
 
     show(confusion := evaluate(net, held_out, args), spec.classes, name)
     result = {f"{name}_error": error_of(confusion), "seconds": rows[-1]["seconds"] if rows else 0,
@@ -310,14 +312,17 @@ def main(argv=None, build=CapsNet):
     weights = {"settings": settings_of(args), "model": net.cpu().state_dict()}
     with data.written_aside(out / "weights.pt") as aside:
         torch.save(weights, aside)
-    print(f"all files in {out}; to score again: python {sys.argv[0]} --eval {out / 'weights.pt'}")
+    again = command("--eval", out / "weights.pt", "--data-dir", args.data_dir)
+    print(f"all files in {out}; to score again: {again}")
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # paths may have letters that it cannot show
     try:
         main()
     except (data.DataError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
-        fail("interrupted; a run that had begun goes on with --resume and its checkpoint.pt")
+        fail("interrupted")
