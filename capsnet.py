@@ -158,8 +158,8 @@ class SimilarityRouting(Routing):
 
     num_kernels: Q of Eq. 15, shared by the channels; their widths start spread over `widths`, a
         single one at the first.
-    lambda1, lambda2 (positive), theta1: initial values, then one of each per output channel. The
-        gain theta_1 must be large, since logits need room and k lies in (0, 1].
+    lambda1, lambda2, theta1: initial values, then one of each per output channel; a lambda of zero
+        stays zero. The gain theta_1 must be large, since logits need room and k lies in (0, 1].
     iterations=0 is the mean vote, without routing.
     """
 
@@ -168,8 +168,9 @@ class SimilarityRouting(Routing):
     def __init__(self, out_channels, pose_size=4, iterations=3, num_kernels=4, widths=(0.1, 1.0),
                  lambda1=0.2, lambda2=0.2, theta1=20.0):
         super().__init__(out_channels, iterations, at_least=0)
-        if min(num_kernels, *widths, lambda1, lambda2) <= 0:
-            raise ValueError("num_kernels, widths, lambda1, lambda2: expected more than 0")
+        if min(num_kernels, *widths, lambda1 + lambda2) <= 0 or min(lambda1, lambda2) < 0:
+            raise ValueError("num_kernels, widths, lambda1 + lambda2: expected more than 0, and "
+                             "neither lambda less")
         first, last = (math.log(width) for width in widths)
         lambdas, theta = torch.tensor([lambda1, lambda2]), torch.tensor([theta1, 0.0, 1.0])
         self.log_lambda = nn.Parameter(lambdas.log()[:, None].repeat(1, out_channels))

@@ -33,26 +33,52 @@ def routing_of(lambda1, lambda2):
                              lambda2=lambda2, iterations=10)
 
 
-@torch.no_grad()
-def consensus():
-    """Two-dimensional votes of a cluster and of strays; C and mu for a grid of the two lambdas."""
+def some_votes():
+    """Two-dimensional votes of a cluster and of strays, (24, 2), and their activations."""
     generator = torch.Generator().manual_seed(3)
     cluster = 0.35 * torch.randn(14, 2, generator=generator) + torch.tensor([1.2, 0.8])
     strays = 1.1 * torch.randn(10, 2, generator=generator) - torch.tensor([1.0, 0.6])
-    points = torch.cat([cluster, strays])
-    a = 0.05 + 0.9 * torch.rand(24, generator=generator)
+    return torch.cat([cluster, strays]), 0.05 + 0.9 * torch.rand(24, generator=generator)
+
+
+@torch.no_grad()
+def draw(ax, lambda1, lambda2):
+    """Each vote as large as its share, and the pose."""
+    points, a = some_votes()
+    routing = routing_of(lambda1, lambda2)
+    mu, _, c = routing(points.view(24, 1, 2, 1), a.log().view(24, 1, 1))
+    dots = ax.scatter(*points.T, s=900 * c.flatten(), c=a, cmap="viridis", vmin=0, vmax=1,
+                      alpha=0.85, linewidths=0)
+    ax.scatter(*points.T, s=2, color="0.6")
+    ax.plot(*mu.flatten(), "rx", markersize=9, markeredgewidth=2)
+    ax.set(xticks=[], yticks=[], xlim=(-3.6, 2.6), ylim=(-3.4, 2.6), aspect="equal")
+    return dots
+
+
+def consensus():
+    figure, axes = plt.subplots(1, 3, figsize=(9, 2.9), layout="constrained")
+    for ax, title, lambda1, lambda2 in zip(
+            axes, ("equal shares\n$\\lambda_1 \\to \\infty$",
+                   "consensus\n$\\lambda_1 = \\lambda_2 = 0.1$",
+                   "shares by activation\n$\\lambda_2 \\to \\infty$"),
+            (1e6, 0.1, 0.1), (0.1, 0.1, 1e6)):
+        dots = draw(ax, lambda1, lambda2)
+        ax.set_title(title)
+    figure.colorbar(dots, ax=axes, label="activation of the input")
+    save("consensus.png")
+
+
+@torch.no_grad()
+def lambdas():
+    """C and mu for a grid of the two lambdas, and the objective with both steps of mu."""
+    points, a = some_votes()
     votes, log_a = points.view(24, 1, 2, 1), a.log().view(24, 1, 1)
     lambdas1, lambdas2 = (0.03, 0.1, 0.3, 3.0), (0.0, 0.1, 1.0)
     figure, axes = plt.subplots(3, 5, figsize=(10, 5.6), width_ratios=(1, 1, 1, 1, 1.5),
                                 layout="constrained")
     for row, lambda2 in zip(axes, lambdas2):
         for ax, lambda1 in zip(row, lambdas1):
-            mu, _, c = routing_of(lambda1, lambda2)(votes, log_a)
-            dots = ax.scatter(*points.T, s=900 * c.flatten(), c=a, cmap="viridis", vmin=0, vmax=1,
-                              alpha=0.85, linewidths=0)
-            ax.scatter(*points.T, s=2, color="0.6")
-            ax.plot(*mu.flatten(), "rx", markersize=9, markeredgewidth=2)
-            ax.set(xticks=[], yticks=[], xlim=(-3.6, 2.6), ylim=(-3.4, 2.6), aspect="equal")
+            dots = draw(ax, lambda1, lambda2)
             if lambda2 == lambdas2[0]:
                 ax.set_title(f"$\\lambda_1$ = {lambda1:g}")
         row[0].set_ylabel(f"$\\lambda_2$ = {lambda2:g}")
@@ -72,7 +98,7 @@ def consensus():
     axes[0, -1].legend()
     axes[-1, -1].set_xlabel("iteration")
     figure.colorbar(dots, ax=axes[:, 3], label="activation of the input", shrink=0.7)
-    save("consensus.png")
+    save("lambdas.png")
 
 
 def shares(layer, share, c, grid):
@@ -148,5 +174,6 @@ def curves():
 
 if __name__ == "__main__":
     consensus()
+    lambdas()
     curves()
     attention()
