@@ -8,13 +8,12 @@ smallNORB: LeCun, Huang and Bottou, "Learning methods for generic object recogni
 invariance to pose and lighting", CVPR 2004; for research use only. MNIST: LeCun, Cortes, Burges.
 """
 
-import contextlib
 import gzip
-import http.client
 import math
 import os
 import sys
 import zlib
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +31,6 @@ class Spec(NamedTuple):
 
     classes: tuple     # names, in the order of the labels
     cameras: int       # the most views of a scene that can be asked for: channels
-    size: int          # stored height and width
     crop: int          # height and width that the network sees
     brightness: float  # strengths of the augmentation, see `augment`
     contrast: float
@@ -40,9 +38,9 @@ class Spec(NamedTuple):
 
 TOYS = ("animal", "human", "airplane", "truck", "car")
 SPECS = {
-    "toys": Spec(TOYS, 1, 40, 32, 0.2, 0.2),
-    "mnist": Spec(tuple("0123456789"), 1, 32, 28, 0.0, 0.0),
-    "smallnorb": Spec(TOYS, 2, 48, 32, 0.2, 0.2),
+    "toys": Spec(TOYS, 1, 32, 0.2, 0.2),
+    "mnist": Spec(tuple("0123456789"), 1, 28, 0.0, 0.0),
+    "smallnorb": Spec(TOYS, 2, 32, 0.2, 0.2),
 }
 
 
@@ -80,11 +78,10 @@ def load(name, data_dir="datasets", cameras=1):
         _note("rendering toys")
         splits = render_toys(range(10)), render_toys(range(10, 20))
     else:
-        arrays, half = [_read(folder, file) for file in FILES[name]], len(FILES[name]) // 2
+        arrays, half = [_read(folder, *file) for file in FILES[name]], len(FILES[name]) // 2
         splits = tuple(_dataset(name, cameras, *part) for part in (arrays[:half], arrays[half:]))
     try:
-        with written_aside(cache) as aside:
-            torch.save({"train": tuple(splits[0]), "test": tuple(splits[1])}, aside)
+        write(cache, {"train": tuple(splits[0]), "test": tuple(splits[1])})
     except DataError as error:
         _note(f"warning: {error}")
     return splits
@@ -94,13 +91,12 @@ def _note(text):
     print(text, file=sys.stderr, flush=True)
 
 
-@contextlib.contextmanager
-def written_aside(path):
-    """A name beside `path` that becomes `path` at the end, whole, or on failure leaves no trace."""
+def write(path, content):
+    """Text, or anything for torch.save: whole at once, or on failure nothing."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
+        aside.write_text(content) if isinstance(content, str) else torch.save(content, aside)
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise DataError(f"{path}: cannot be written, for want of space or permission "
@@ -112,43 +108,23 @@ def written_aside(path):
 
 # ---------------------------------------------------------------------------- the official files
 
-
-class File(NamedTuple):
-    """A published file: sha256 of `name`.gz; of `name` the header's bytes, and what follows it."""
-
-    name: str
-    header: int
-    dtype: str
-    shape: tuple
-    sha256: str
-
-
 _TRAIN = "smallnorb-5x46789x9x18x6x2x96x96-training-"
 _TEST = "smallnorb-5x01235x9x18x6x2x96x96-testing-"
-FILES = {  # of each data set: images, labels (and info) of the training split, then of the test
-    "smallnorb": (
-        File(_TRAIN + "dat.mat", 24, "u1", (24300, 2, 96, 96),
-             "5ffd6272a07d32695ee1082a26a41a93a37aab8c28da047f8c34ed348d214873"),
-        File(_TRAIN + "cat.mat", 20, "<i4", (24300,),
-             "2784e542c1922060691090952b6cd6278879a216c90f81476f0f00256d42cdaa"),
-        File(_TRAIN + "info.mat", 20, "<i4", (24300, 4),
-             "de7eb932ebe7a4ee16217fead60660d0eb3d23632c2f4d1c51f88c501c17bf32"),
-        File(_TEST + "dat.mat", 24, "u1", (24300, 2, 96, 96),
-             "cf7104eed3e51174d2f65b66d1e5878b9da233b886f161b0d88f4510ba2c7474"),
-        File(_TEST + "cat.mat", 20, "<i4", (24300,),
-             "ecaf6d5bb8c3bc5eab9cf0258f6d2198dd474e016e374836fc097f2e5ff509ff"),
-        File(_TEST + "info.mat", 20, "<i4", (24300, 4),
-             "16adf314226327ee006d1a44db8cfef52773c06c829951d5653a9f6f310248a2")),
-    "mnist": (
-        File("train-images-idx3-ubyte", 16, "u1", (60000, 28, 28),
-             "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
-        File("train-labels-idx1-ubyte", 8, "u1", (60000,),
-             "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
-        File("t10k-images-idx3-ubyte", 16, "u1", (10000, 28, 28),
-             "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
-        File("t10k-labels-idx1-ubyte", 8, "u1", (10000,),
-             "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6")),
-}
+# Images, labels (and info) of the training split, then of the test: name, bytes before the array,
+# its type and shape, and the first half of the sha256 of name.gz.
+FILES = {}
+FILES["smallnorb"] = (
+    (_TRAIN + "dat.mat", 24, "u1", (24300, 2, 96, 96), "5ffd6272a07d32695ee1082a26a41a93"),
+    (_TRAIN + "cat.mat", 20, "<i4", (24300,), "2784e542c1922060691090952b6cd627"),
+    (_TRAIN + "info.mat", 20, "<i4", (24300, 4), "de7eb932ebe7a4ee16217fead60660d0"),
+    (_TEST + "dat.mat", 24, "u1", (24300, 2, 96, 96), "cf7104eed3e51174d2f65b66d1e5878b"),
+    (_TEST + "cat.mat", 20, "<i4", (24300,), "ecaf6d5bb8c3bc5eab9cf0258f6d2198"),
+    (_TEST + "info.mat", 20, "<i4", (24300, 4), "16adf314226327ee006d1a44db8cfef5"))
+FILES["mnist"] = (
+    ("train-images-idx3-ubyte", 16, "u1", (60000, 28, 28), "440fcabf73cc546fa21475e81ea37026"),
+    ("train-labels-idx1-ubyte", 8, "u1", (60000,), "3552534a0a558bbed6aed32b30c495cc"),
+    ("t10k-images-idx3-ubyte", 16, "u1", (10000, 28, 28), "8d422c7b0a1c1c79245a5bcf07fe86e3"),
+    ("t10k-labels-idx1-ubyte", 8, "u1", (10000,), "f7ae60f92e00ec6debd23a6088c31dbd"))
 MIRRORS = {
     "smallnorb": ("https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/",),
     "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -156,42 +132,34 @@ MIRRORS = {
 }
 
 
-def _download(folder, file):
-    """The path of file.gz in `folder`, from the first mirror that has it right."""
-    path, reasons = folder / (file.name + ".gz"), []
+def _download(folder, name, sha256):
+    """The path of name.gz in `folder`, from the first mirror that has it right."""
+    path, reasons = folder / (name + ".gz"), []
     for mirror in MIRRORS[folder.name]:
         _note(f"downloading {mirror}{path.name}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(mirror + path.name, str(path), file.sha256)
+            torch.hub.download_url_to_file(mirror + path.name, str(path), sha256)
             return path
-        # RuntimeError is for a wrong hash: an error page, or cut off.
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
+        except Exception as error:  # of the network or the disk, or a wrong hash: cut off, say
             reasons.append(f"{mirror}: {' '.join(str(error).split())}")
-    raise DataError(f"{path}: download failed ({'; '.join(reasons)}); get {mirror}{path.name} by "
-                    f"other means and put it in {folder}")
+    raise DataError(f"{path}: download failed ({'; '.join(reasons)}); put it there by other means")
 
 
-def _read(folder, file):
-    """The array of a published file, raw or .gz. At most a byte more is read than was published."""
-    names = folder / file.name, folder / (file.name + ".gz")
-    path = next((path for path in names if path.is_file()), None) or _download(folder, file)
-    size = file.header + math.prod(file.shape) * np.dtype(file.dtype).itemsize
+def _read(folder, name, header, dtype, shape, sha256):
+    """The array of a published file, raw or .gz."""
+    found = [path for path in (folder / name, folder / (name + ".gz")) if path.is_file()]
+    path = found[0] if found else _download(folder, name, sha256)
+    classes = len(SPECS[folder.name].classes)
     try:
-        with open(path, "rb") as stream:
-            packed = stream.read(2) == b"\x1f\x8b"  # a browser may have unpacked what is named .gz
-        with (gzip.open if packed else open)(path, "rb") as stream:
-            content = stream.read(size + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({error}), expected the published file; replace "
-                        "or remove it") from error
-    if len(content) != size:
-        raise DataError(f"{path}: {len(content)} bytes or more, expected {size} unpacked; replace "
-                        "or remove it")
-    array = np.frombuffer(content, file.dtype, offset=file.header).reshape(file.shape)
-    if array.ndim == 1 and not 0 <= array.min() <= array.max() < len(SPECS[folder.name].classes):
-        raise DataError(f"{path}: labels {array.min()} to {array.max()}, expected 0 to "
-                        f"{len(SPECS[folder.name].classes) - 1}; replace or remove it")
+        content = path.read_bytes()
+        if content[:2] == b"\x1f\x8b":  # not by its name: browsers may unpack a .gz
+            content = gzip.decompress(content)
+        array = np.frombuffer(content, dtype, offset=header).reshape(shape)
+        if array.ndim == 1 and not 0 <= array.min() <= array.max() < classes:
+            raise ValueError(f"labels {array.min()} to {array.max()}, expected 0 to {classes - 1}")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"{path}: not as published ({error}); replace or remove it") from error
     return array
 
 
@@ -232,25 +200,14 @@ def crops(images, size, per_side=1):
 
 
 def augment(images, spec):
-    """Random crop, contrast and brightness, drawn for each image alone; the training distortion.
-
-    images: (B, C, H, W) float32, standardised. Returns (B, C, crop, crop): a window at a uniformly
-    drawn place, times U(1 - contrast, 1 + contrast), plus U(-brightness, brightness), as in spec.
-    """
-    count, _, height, width = images.shape
-    size, device = spec.crop, images.device
-
-    def uniform(strength):
-        drawn = torch.rand(count, 1, 1, 1, device=device)
-        return strength * (2 * drawn - 1)
-
-    def places(room):
-        start = torch.randint(room - size + 1, (count, 1), device=device)
-        return start + torch.arange(size, device=device)
-
-    rows, columns = places(height)[:, None, :, None], places(width)[:, None, None, :]
-    windows = images.take_along_dim(rows, 2).take_along_dim(columns, 3)  # (B, C, crop, crop)
-    return windows * (1 + uniform(spec.contrast)) + uniform(spec.brightness)
+    """Of each standardised image a random window (C, crop, crop), times U(1 - contrast, 1 +
+    contrast), plus U(-brightness, brightness), as in spec; drawn for each image alone."""
+    count, size = len(images), spec.crop
+    tops, lefts = (torch.randint(n - size + 1, (count,)).tolist() for n in images.shape[2:])
+    windows = torch.stack([image[:, top:top + size, left:left + size]
+                           for image, top, left in zip(images, tops, lefts)])
+    gain, shift = 2 * torch.rand(2, count, 1, 1, 1, device=images.device) - 1
+    return windows * (1 + spec.contrast * gain) + spec.brightness * shift
 
 
 def mixup(images, labels, num_classes, alpha):
@@ -297,18 +254,6 @@ SOLIDS = (
 )
 
 
-def _solid(category, generator):
-    """(parts, 7): one toy of random proportions and shade."""
-    rand = lambda *shape: 2 * torch.rand(*shape, generator=generator) - 1
-    parts = torch.tensor(SOLIDS[category])
-    stretch = (0.2 * rand(3)).exp()
-    parts[:, :3] *= stretch
-    parts[:, 3:6] *= stretch * (0.2 * rand(len(parts), 3)).exp()
-    parts[:, 6] *= 0.35 + 0.2 * rand(1)
-    twins = parts[parts[:, 1] > 0] * torch.tensor([1, -1, 1, 1, 1, 1, 1])
-    return torch.cat([parts, twins])
-
-
 def _hits(origin, direction, parts):
     """Distance (V, parts, R) at which rays, (V, R, 3) and (V, 1, 3), meet ellipsoids, or inf."""
     o = (origin[:, None] - parts[:, None, :3]) / parts[:, None, 3:6]  # to unit balls
@@ -326,11 +271,11 @@ def _towards(azimuth, elevation):
 
 
 def _render(parts, azimuth, elevation, lamp):
-    """(V, 1, size, size) uint8: orthographic views of one toy, and its shadow on a light ground.
+    """(V, 1, 40, 40) uint8: orthographic views of one toy, and its shadow on a light ground.
 
     Angles (V,) in radians: of the camera above the ground, and where the lamp stands around it.
     """
-    n = SPECS["toys"].size
+    n = 40
     eye, light = _towards(azimuth, elevation), _towards(lamp, torch.full_like(lamp, 0.9))
     right = _towards(azimuth + math.pi / 2, torch.zeros_like(azimuth))
     up = torch.linalg.cross(eye, right)
@@ -353,15 +298,18 @@ def _render(parts, azimuth, elevation, lamp):
 def render_toys(instances, views=50):
     """A stand-in for smallNORB: its categories, each instance of random proportions and shade,
     seen from above at 30 to 70 degrees from all sides. The same on every call."""
-    images, labels, found = [], [], []
-    for category in range(len(TOYS)):
-        for instance in instances:
-            generator = torch.Generator().manual_seed(1000 * category + instance)
-            parts = _solid(category, generator)
-            azimuth, elevation, lamp = torch.rand(3, views, generator=generator)
-            azimuth, elevation = 2 * math.pi * azimuth, torch.deg2rad(30 + 40 * elevation)
-            lamp = azimuth + 0.5 + lamp  # beside the camera, to its right
-            images.append(_render(parts, azimuth, elevation, lamp))
-            labels += [category] * views
-            found += [instance] * views
-    return Dataset(torch.cat(images), torch.tensor(labels), torch.tensor(found))
+    toys, images = list(product(range(len(TOYS)), instances)), []
+    for category, instance in toys:
+        generator = torch.Generator().manual_seed(1000 * category + instance)
+        rand = lambda *shape: 2 * torch.rand(*shape, generator=generator) - 1
+        parts = torch.tensor(SOLIDS[category])
+        stretch = (0.2 * rand(3)).exp()
+        parts[:, :3] *= stretch
+        parts[:, 3:6] *= stretch * (0.2 * rand(len(parts), 3)).exp()
+        parts[:, 6] *= 0.35 + 0.2 * rand(1)
+        twins = parts[parts[:, 1] > 0] * torch.tensor([1, -1, 1, 1, 1, 1, 1])
+        azimuth, elevation, lamp = torch.rand(3, views, generator=generator)
+        azimuth, elevation = 2 * math.pi * azimuth, torch.deg2rad(30 + 40 * elevation)
+        lamp = azimuth + 0.5 + lamp  # beside the camera, to its right
+        images.append(_render(torch.cat([parts, twins]), azimuth, elevation, lamp))
+    return Dataset(torch.cat(images), *torch.tensor(toys).repeat_interleave(views, 0).T)

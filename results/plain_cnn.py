@@ -1,11 +1,15 @@
 """The plain CNN that the README compares with: train.py, another network in the capsules' place.
 
-    PYTHONPATH=. python results/plain_cnn.py --dataset smallnorb --lr 6e-3 --out runs/cnn
-    PYTHONPATH=. python results/plain_cnn.py --eval runs/cnn/weights.pt --crops 2
+    python results/plain_cnn.py --dataset smallnorb --lr 6e-3 --out runs/cnn
+    python results/plain_cnn.py --eval runs/cnn/weights.pt --crops 2
 """
+
+import sys
+from pathlib import Path
 
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder
 import train
 
 
@@ -34,4 +38,4 @@ class PlainCNN(nn.Module):
 
 
 if __name__ == "__main__":
-    train.main(build=PlainCNN)
+    train.command_line(PlainCNN)
