@@ -35,8 +35,9 @@ Where this departs from the paper, or chooses what the paper leaves open. The ne
     * Before it votes, every pose is divided by its Frobenius norm, as in the author's early
       versions; his later ones do it with primary poses only. Without it, votes shrink by half in
       every layer.
-    * No coordinates are added to poses. The author adds the output position's and one of the slot
-      in the field; that was not tried here. He has a ReLU on primary poses in some versions.
+    * No coordinates are added to poses. With the input's own, new toys were recognised worse; the
+      author's, of the output position and of the slot in the field, were not tried. He has a ReLU
+      on primary poses in some versions.
     * lambda1, lambda2 and the kernel widths are learned as logarithms, so they stay positive (and
       weight decay would pull them towards 1).
     * lambda1 and lambda2 start at 0.2, theta_1 at 20, in the class capsules 60. At the author's 12,
