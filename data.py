@@ -96,7 +96,10 @@ def write(path, content):
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(content) if isinstance(content, str) else torch.save(content, aside)
+        if isinstance(content, str):
+            aside.write_text(content)
+        else:
+            torch.save(content, aside)
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise DataError(f"{path}: cannot be written, for want of space or permission "
