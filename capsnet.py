@@ -355,7 +355,7 @@ class CapsNet(nn.Module):
     channels: of the convolution and of the three capsule layers below the classes.
 
     forward(images (B, *image_shape)) -> poses (B, num_classes, P, P), logits (B, num_classes)
-    In float16 under autocast only: .half() underflows.
+    In float16 under autocast only: .half() underflows. For torch.export, not for torch.jit.script.
     ValueError if image_shape is too small for the kernels, routing is not one of ROUTINGS, channels
     are not four, a number is not positive, or the images have another shape.
     """
