@@ -763,7 +763,8 @@ def test_stopped_the_command_ends_in_one_line_also_where_names_cannot_be_shown(
         small_mnist, tmp_path):
     data.load("mnist", small_mnist[1])  # a child, which has the official sizes, needs the cache
     run = subprocess.Popen(
-        [sys.executable, train.__file__, *small_mnist, "--epochs", "99", "--out", tmp_path / "\u8a9e"],
+        [sys.executable, train.__file__, *small_mnist, "--epochs", "99", "--out",
+         tmp_path / "\u8a9e"],
         env=os.environ | {"PYTHONIOENCODING": "ascii"}, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True)
     assert any(text.startswith("epoch 2/99") for text in run.stdout)
