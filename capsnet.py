@@ -35,9 +35,9 @@ Where this departs from the paper, or chooses what the paper leaves open. The ne
     * Before it votes, every pose is divided by its Frobenius norm, as in the author's early
       versions; his later ones do it with primary poses only. Without it, votes shrink by half in
       every layer.
-    * No coordinates are added to poses. With the input's own, new toys were recognised worse; the
-      author's, of the output position and of the slot in the field, were not tried. He has a ReLU
-      on primary poses in some versions.
+    * No coordinates are added to poses. With the input's own, new toys were recognised worse in
+      short trials; the author's, of the output position and of the slot in the field, were not
+      tried. He has a ReLU on primary poses in some versions.
     * lambda1, lambda2 and the kernel widths are learned as logarithms, so they stay positive (and
       weight decay would pull them towards 1).
     * lambda1 and lambda2 start at 0.2, theta_1 at 20, in the class capsules 60. At the author's 12,
@@ -350,12 +350,12 @@ class CapsNet(nn.Module):
 
     image_shape: (channels, *spatial), one to three spatial dimensions of 17 or more each: of grey
         images (1, height, width); (height, width) would be rows with `height` channels.
-    pose_size: P, 2 or more: of a single entry its norm would leave the sign.
+    pose_size: P, 2 or more: of a single entry the norm would leave only the sign.
     routing: one of ROUTINGS; routing_options go to the routing of all three layers: iterations=2.
     channels: of the convolution and of the three capsule layers below the classes.
 
     forward(images (B, *image_shape)) -> poses (B, num_classes, P, P), logits (B, num_classes)
-    In float16 under autocast only: .half() underflows. For torch.export, not for torch.jit.script.
+    In float16 under autocast only: .half() underflows. torch.export takes it, torch.jit.script not.
     ValueError if image_shape is too small for the kernels, routing is not one of ROUTINGS, channels
     are not four, a number is not positive, or the images have another shape.
     """

@@ -203,8 +203,8 @@ def crops(images, size, per_side=1):
 
 
 def augment(images, spec):
-    """Of each standardised image a random window (C, crop, crop), times U(1 - contrast, 1 +
-    contrast), plus U(-brightness, brightness), as in spec; drawn for each image alone."""
+    """(B, C, H, W) standardised -> (B, C, crop, crop): of each image a window at a random place,
+    times U(1 - contrast, 1 + contrast), plus U(-brightness, brightness), as in spec."""
     count, size = len(images), spec.crop
     tops, lefts = (torch.randint(n - size + 1, (count,)).tolist() for n in images.shape[2:])
     windows = torch.stack([image[:, top:top + size, left:left + size]
@@ -216,8 +216,8 @@ def augment(images, spec):
 def mixup(images, labels, num_classes, alpha):
     """Each image blended with another one of the batch, and so its label (Zhang et al., ICLR 2018).
 
-    -> images, and targets (B, num_classes): the share of each class. An image and its label keep
-    the larger of two shares of Beta(alpha, alpha): near 1 mostly, if alpha is small.
+    images (B, ...), labels (B,) -> images (B, ...), targets (B, num_classes): the share of each
+    class. An image keeps the larger of two shares of Beta(alpha, alpha): with a small one, near 1.
     """
     share = torch.distributions.Beta(*images.new_full((2,), alpha)).sample((len(images),))
     share, other = torch.maximum(share, 1 - share), torch.randperm(len(images))
@@ -278,7 +278,7 @@ def _render(parts, azimuth, elevation, lamp):
 
     Angles (V,) in radians: of the camera above the ground, and where the lamp stands around it.
     """
-    n = 40
+    n = 40  # pixels a side
     eye, light = _towards(azimuth, elevation), _towards(lamp, torch.full_like(lamp, 0.9))
     right = _towards(azimuth + math.pi / 2, torch.zeros_like(azimuth))
     up = torch.linalg.cross(eye, right)

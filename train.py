@@ -96,8 +96,8 @@ def load_checkpoint(args):
     path, kind = args.resume or args.eval, "checkpoint.pt" if args.resume else "weights.pt"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        data.SPECS[checkpoint["settings"]["dataset"]], checkpoint["model"]
-        checkpoint["local" if args.resume else "model"]
+        data.SPECS[checkpoint["settings"]["dataset"]], checkpoint["model"]  # a KeyError, if absent
+        checkpoint["local" if args.resume else "model"]  # weights have the settings, but not these
         return checkpoint
     except Exception as error:  # the unpickler may raise anything on a damaged or foreign file
         fail(f"{path}: expected {kind} of a run of this program ({type(error).__name__})")
@@ -237,9 +237,10 @@ def main(argv=None, build=CapsNet):
     shown = None  # when and at which step the last line was
     while step < steps:
         epoch, place = divmod(step, per_epoch)
-        torch.manual_seed((1000 * args.seed + epoch) % 2**32)
+        # Both seeds follow from the step: no random state has to be saved. A CPU takes 32 bits.
+        torch.manual_seed((1000 * args.seed + epoch) % 2**32)  # the order of the epoch
         batch = torch.randperm(len(fit.labels))[place * size:(place + 1) * size].to(device)
-        torch.manual_seed((1_000_003 * args.seed + step) % 2**32)  # a CPU uses no more bits
+        torch.manual_seed((1_000_003 * args.seed + step) % 2**32)  # the augmentation of the step
         images = data.augment(data.standardise(fit.images[batch]), spec)
         targets = labels = fit.labels[batch]
         if args.mixup:
@@ -276,7 +277,7 @@ def main(argv=None, build=CapsNet):
                 print(f"validation error {row['validation_error']:.2f} %", flush=True)
             rows.append({**row, "seconds": round(time.monotonic() - start, 1)})
             sums.zero_()
-            # Before the checkpoint, so that a run killed in between writes it again.
+            # Before the checkpoint: a run that is killed between the two writes it again.
             lines = [rows[0], *(row.values() for row in rows)]
             data.write(out / "metrics.csv", "".join(",".join(map(str, x)) + "\n" for x in lines))
         save()
