@@ -213,18 +213,6 @@ def augment(images, spec):
     return windows * (1 + spec.contrast * gain) + spec.brightness * shift
 
 
-def mixup(images, labels, num_classes, alpha):
-    """Each image blended with another one of the batch, and so its label (Zhang et al., ICLR 2018).
-
-    images (B, ...), labels (B,) -> images (B, ...), targets (B, num_classes): the share of each
-    class. An image keeps the larger of two shares of Beta(alpha, alpha): with a small one, near 1.
-    """
-    share = torch.distributions.Beta(*images.new_full((2,), alpha)).sample((len(images),))
-    share, other = torch.maximum(share, 1 - share), torch.randperm(len(images))
-    targets = F.one_hot(labels, num_classes).float()
-    return [x[other].lerp(x, share.view(-1, *[1] * (x.ndim - 1))) for x in (images, targets)]
-
-
 def hold_out(train, instance):
     """(fit, validation) from a training Dataset: the protocol for choosing anything.
 

@@ -714,19 +714,6 @@ def test_augment_and_crops():
         (top, left) for top in (1, 3, 5) for left in (1, 4, 6)]
 
 
-def test_mixup_blends_pairs_of_images_and_their_labels():
-    torch.manual_seed(0)
-    labels = torch.arange(400) % 5
-    mixed, targets = data.mixup(labels.view(-1, 1, 1, 1).expand(-1, 2, 3, 3) + 1.0, labels, 5, 0.2)
-    share = targets[torch.arange(400), labels]  # its own: 1 if it met its own class
-    assert 0.5 <= share.min() < 0.55 and 0.8 < share.mean() < 0.95
-    # The image is its number of the class, so its mean is that of the targets.
-    expected = targets @ torch.arange(1.0, 6).view(5, 1)
-    assert torch.allclose(mixed, expected.view(-1, 1, 1, 1).expand_as(mixed))
-    assert torch.allclose(targets.sum(1), torch.ones(400))
-    assert ((targets > 0).sum(1) <= 2).all() and (targets > 0).sum(1).double().mean() > 1.5
-
-
 # ------------------------------------------------------------------------------ train.py
 
 
@@ -925,7 +912,7 @@ def test_evaluate_counts_every_image_once_and_averages_probabilities_over_crops(
     (["--routing", "em"], "iterations=0: expected 1 or more"),
     (["--batch-size", "0"], "--batch-size 0: expected 1"),
     (["--lr", "nan"], "--lr nan: expected 0 or more"),
-    (["--mixup", "inf"], "--mixup inf: expected 0 or more"),
+    (["--lr", "inf"], "--lr inf: expected 0 or more"),
     (["--routing", "dynamic", "--iterations", "1", "--option", 'gain="x"'], "'gain', 'x'"),
     (["--device", "abacus"], "--device abacus"),
     (["--cameras", "2"], "2 cameras"),

@@ -57,8 +57,6 @@ def parse(argv=None):
     add("--epochs", type=int, help=f"if not {EPOCHS}")
     add("--batch-size", type=int, default=16, help="images per step" + default)
     add("--lr", type=float, help="Adam's highest learning rate, if not the routing's own")
-    add("--mixup", type=float, default=0.0, metavar="ALPHA",
-        help="blend training images in shares of Beta(ALPHA, ALPHA), 0: not" + default)
     add("--validate", type=int, metavar="INSTANCE",
         help="hold out this training instance of every class, and leave the test set alone")
     add("--crops", type=int, default=1, help="score N x N crops, 1: the central one" + default)
@@ -86,7 +84,7 @@ def parse(argv=None):
                      f"with {run[name]}")
     args.epochs = EPOCHS[args.dataset] if args.epochs is None else args.epochs
     args.lr = ROUTINGS[args.routing][0].lr if args.lr is None else args.lr
-    for name, low in dict(batch_size=1, crops=1, epochs=0, lr=0, mixup=0).items():
+    for name, low in dict(batch_size=1, crops=1, epochs=0, lr=0).items():
         if not low <= vars(args)[name] < float("inf"):  # nan included
             fail(f"--{name.replace('_', '-')} {vars(args)[name]}: expected {low} or more")
     return args, checkpoint
@@ -242,15 +240,13 @@ def main(argv=None, build=CapsNet):
         batch = torch.randperm(len(fit.labels))[place * size:(place + 1) * size].to(device)
         torch.manual_seed((1_000_003 * args.seed + step) % 2**32)  # the augmentation of the step
         images = data.augment(data.standardise(fit.images[batch]), spec)
-        targets = labels = fit.labels[batch]
-        if args.mixup:
-            images, targets = data.mixup(images, labels, len(spec.classes), args.mixup)
+        labels = fit.labels[batch]
         for group, lr in zip(optimizer.param_groups, highest):  # rises, then straight to zero
             group["lr"] = lr * min(1, (step + 1) / WARMUP) * (1 - step / steps)
 
         optimizer.zero_grad()  # first: a CUDA graph overwrites the gradients it returned
         logits = net(images)[1]
-        loss = F.cross_entropy(logits, targets)
+        loss = F.cross_entropy(logits, labels)
         loss.backward()
         if not nn.utils.clip_grad_norm_(net.parameters(), CLIP).isfinite():
             fail(f"step {step + 1}: the loss is {loss.item()}, its gradient not finite; what is "
