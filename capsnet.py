@@ -311,7 +311,7 @@ class ConvCaps(nn.Module):
     def receptive_fields(self, x):
         """(B, C, *grid, ...) -> (I, ..., N), and the shape that N unflattens to, (B, *out)."""
         dims = len(self.kernel_size)
-        for axis, (size, step) in enumerate(zip(self.kernel_size, self.stride), start=2):
+        for axis, (size, step) in enumerate(zip(self.kernel_size, self.stride, strict=True), 2):
             x = x.unfold(axis, size, step)  # in the end (B, C, *out, ..., *kernel)
         front, back = (1, *range(x.ndim - dims, x.ndim)), (0, *range(2, 2 + dims))
         x = x.permute(*front, *range(2 + dims, x.ndim - dims), *back)

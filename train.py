@@ -49,7 +49,8 @@ def parse(argv=None):
                                      allow_abbrev=False)
     add, default = parser.add_argument, " (default: %(default)s)"
     add("--dataset", choices=data.SPECS, default="toys", help="toys need no download" + default)
-    add("--cameras", type=int, default=1, help="1 or, of smallnorb, 2: as channels" + default)
+    add("--cameras", type=int, choices=(1, 2), default=1,
+        help="2 of smallnorb only: as channels" + default)
     add("--routing", choices=ROUTINGS, default="similarity", help="the routing procedure" + default)
     add("--iterations", type=int, help="if not the routing's own; 0 is the mean vote")
     add("--option", type=assignment, metavar="NAME=VALUE", action="append", default=[],
@@ -70,12 +71,12 @@ def parse(argv=None):
     add("--out", type=Path, help="folder for the run, if not a new one in runs/")
     add("--resume", type=Path, metavar="CHECKPOINT", help="continue this run; --epochs, --lr, "
         "--crops, --device, --compile, --data-dir may be given again")
-    add("--eval", type=Path, metavar="WEIGHTS", help="score these weights")
+    add("--eval", type=Path, metavar="WEIGHTS", help="score these weights again")
     args, checkpoint = parser.parse_args(argv), None
     if args.resume or args.eval:
         checkpoint = load_checkpoint(args)
         run = checkpoint["settings"]
-        saved = run | (checkpoint["local"] if args.resume else {"validate": None})
+        saved = run | (checkpoint["local"] if args.resume else {})
         args = parser.parse_args(argv, argparse.Namespace(**saved | {"option": []}))
         args.option = args.option or saved["option"]  # argparse would append to the saved ones
         for name in run if args.resume else ():
@@ -119,7 +120,7 @@ def make(args, checkpoint, build):
             net.load_state_dict(checkpoint["model"])
         return net.train().to(args.device)
     except Exception as error:  # whatever a constructor, a state_dict or a device may object to
-        reason = " ".join(str(error).split())[:200]
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         fail(f"{args.resume or args.eval or 'no such network'}: {reason} (--dataset {args.dataset} "
              f"--routing {args.routing} --iterations {args.iterations} --option {args.option} "
              f"--device {args.device})")
