@@ -4,7 +4,7 @@ One file, nothing but torch. Read it beside the paper from top to bottom, or cop
 
     net = CapsNet(image_shape=(1, 32, 32), num_classes=5, routing="similarity")
     poses, logits = net(torch.randn(8, 1, 32, 32))   # (8, 5, 4, 4), (8, 5)
-    optimizer = torch.optim.Adam(net.parameter_groups(lr=6e-3))
+    optimizer = torch.optim.Adam(net.parameter_groups(lr=1.2e-2))
 
 Glossary (EM paper: Hinton et al., ICLR 2018; dynamic paper: Sabour et al., NeurIPS 2017)
 
@@ -43,8 +43,8 @@ Where this departs from the paper, or chooses what the paper leaves open. The ne
     * lambda1 and lambda2 start at 0.2, theta_1 at 20, in the class capsules 60. At the author's 12,
       1 and a small theta_1 c stays uniform and the class logits of all images nearly equal.
       theta_2 starts at 0, theta_3 at 1; primary activations near 1/2 (the author's near 0.7).
-    * Connectionist routing starts with larger weights than PyTorch's, with which its class logits
-      hardly differ between images.
+    * Connectionist routing starts with larger weights: with PyTorch's, its class logits hardly
+      differ between images.
     * EM and dynamic routing are their papers' procedures inside this network: votes of Eq. 1,
       cross-entropy, no reconstruction. EM has two iterations (its paper: three) and an inverse
       temperature of 0.03 (0.01).
@@ -86,8 +86,9 @@ class Routing(nn.Module):
     """Algorithm 1: alternate between compatibilities and poses, then decide on the activations.
 
     A routing procedure is a subclass that defines `compatibility` and `activation`. `state`, S in
-    the paper, is what one call of `compatibility` hands to the next, at first None. `CapsNet` finds
-    a procedure in ROUTINGS and constructs it as (out_channels, pose_size, **options).
+    the paper, is what one call of `compatibility` hands to the next, at first None. EM and dynamic
+    routing, whose first shares are over the parents and not 1 / I, replace `forward`. `CapsNet`
+    finds a procedure in ROUTINGS and constructs it as (out_channels, pose_size, **options).
 
     forward(votes (I, O, D, N), log_a (I, 1, N)) -> pose (O, D, N), logit (O, N), c (I, O, N)
         log_a is finite. fields: for procedures whose output positions compete for their inputs,
@@ -97,8 +98,6 @@ class Routing(nn.Module):
         mu, logit, c = routing(torch.randn(72, 16, 16, 2), torch.zeros(72, 1, 2))
         # (16, 16, 2), (16, 2), (72, 16, 2)
     """
-
-    lr = 3e-3  # of Adam, at its highest: what `CapsNet` was trained at with this procedure
 
     def __init__(self, out_channels, iterations, at_least=1):
         super().__init__()
@@ -133,10 +132,9 @@ def routing_objective(similarity, compatibility, log_a, lambda1, lambda2) -> Ten
     over c by Eq. 11, over mu by Eq. 4, which is exact for k = -||mu - v||^2 (for Eq. 15, see
     `mean_shift`).
     """
-    c = compatibility
-    log_c = c.clamp_min(torch.finfo(c.dtype).tiny).log()  # so that c log c -> 0 as c -> 0
-    penalty = lambda1 * (log_c + math.log(len(c))) + lambda2 * (log_c - log_a)
-    return (c * (penalty - similarity)).sum(0)
+    c, c_log_c = compatibility, torch.xlogy(compatibility, compatibility)  # 0 log 0 = 0
+    penalty = lambda1 * (c_log_c + c * math.log(len(c))) + lambda2 * (c_log_c - c * log_a)
+    return (penalty - c * similarity).sum(0)
 
 
 def update_compatibility(similarity: Tensor, log_a: Tensor, lambda1, lambda2) -> Tensor:
@@ -157,14 +155,12 @@ def squared_distance(mu: Tensor, votes: Tensor) -> Tensor:
 class SimilarityRouting(Routing):
     """Section 4.1: routing by alternation on an objective (Eq. 2) whose parameters are learned.
 
-    num_kernels: Q of Eq. 15, shared by the channels; their widths start spread over `widths`, a
-        single one at the first.
+    num_kernels: Q of Eq. 15, shared by the channels; their widths start evenly in logarithm
+        from the first to the second of `widths`, a single one at the first.
     lambda1, lambda2, theta1: initial values, then one of each per output channel; a lambda of zero
         stays zero. The gain theta_1 must be large, since logits need room and k lies in (0, 1].
     iterations=0 is the mean vote, without routing.
     """
-
-    lr = 1.2e-2
 
     def __init__(self, out_channels, pose_size=4, iterations=3, num_kernels=4, widths=(0.1, 1.0),
                  lambda1=0.2, lambda2=0.2, theta1=20.0):
@@ -199,10 +195,10 @@ class SimilarityRouting(Routing):
 
 
 def mean_shift(routing: SimilarityRouting, mu, votes, compatibility) -> Tensor:
-    """A step of mu that never raises `routing_objective`, as Eq. 4 may with the kernel of Eq. 15:
+    """mu <- sum c_i g_i v_i / sum c_i g_i, with g_i = -dk/d(||mu - v_i||^2), for Eq. 15.
 
-    sum c_i g_i v_i / sum c_i g_i with g_i = -dk/d(||mu - v_i||^2), since k is convex in the squared
-    distance (minorise-maximise). In logarithms: the ratio stays exact where all g_i underflow.
+    It never raises `routing_objective`, as Eq. 4 may, since k is convex in the squared distance
+    (minorise-maximise). In logarithms: the ratio stays exact where all g_i underflow.
     """
     d2 = squared_distance(mu, votes).unsqueeze(-1)  # (I, O, N, Q)
     log_w = routing.kernel_logit.log_softmax(0) - 2 * routing.log_width
@@ -233,7 +229,7 @@ class ConnectionistRouting(Routing):
         super().__init__(out_channels, iterations)
         entries = pose_size**2
         self.cell = nn.LSTMCell(2 * entries + 2, hidden_size)
-        with torch.no_grad():  # it expects entries near 1; here they are about 1/8
+        with torch.no_grad():  # PyTorch's assume entries near 1; these are near 1/8
             self.cell.weight_ih[:, : 2 * entries] *= math.sqrt(entries)
         self.phi = mlp(hidden_size, *phi, 1)
         self.psi = mlp(hidden_size, *psi, 1)
@@ -251,7 +247,7 @@ class ConnectionistRouting(Routing):
         i, f, g, o = gates.chunk(4, -1)  # (I, O, N, hidden_size) each
         s = i.sigmoid() * g.tanh() + (f.sigmoid() * state[1] if state else 0)
         h = o.sigmoid() * s.tanh()
-        b = self.phi(h).squeeze(-1).to(c.dtype)  # from autocast's bfloat16, as below
+        b = self.phi(h).squeeze(-1).to(c.dtype)  # autocast may have made it bfloat16
         return b.softmax(0), (h, s)
 
     def activation(self, mu, votes, log_a, c, state):
@@ -311,10 +307,10 @@ class ConvCaps(nn.Module):
     def receptive_fields(self, x):
         """(B, C, *grid, ...) -> (I, ..., N), and the shape that N unflattens to, (B, *out)."""
         dims = len(self.kernel_size)
-        for axis, (size, step) in enumerate(zip(self.kernel_size, self.stride, strict=True), 2):
-            x = x.unfold(axis, size, step)  # in the end (B, C, *out, ..., *kernel)
-        front, back = (1, *range(x.ndim - dims, x.ndim)), (0, *range(2, 2 + dims))
-        x = x.permute(*front, *range(2 + dims, x.ndim - dims), *back)
+        for n, (size, step) in enumerate(zip(self.kernel_size, self.stride, strict=True), 2):
+            x = x.unfold(2 * n - 2, size, step).movedim(-1, n)
+        # (B, C, *kernel, *out, ...) -> (C, *kernel, ..., B, *out)
+        x = x.movedim((0, *range(2 + dims, 2 + 2 * dims)), tuple(range(-1 - dims, 0)))
         return x.flatten(0, dims).flatten(-1 - dims), x.shape[-1 - dims:]
 
     def forward(self, pose, logit):
@@ -328,7 +324,7 @@ class ConvCaps(nn.Module):
         pose, places = self.receptive_fields(pose)  # (I, P, P, N)
         log_a, _ = self.receptive_fields(F.logsigmoid(logit))  # (I, N)
         index = torch.arange(logit.numel(), device=logit.device).view(logit.shape)
-        fields = self.receptive_fields(index)[0], logit.numel()
+        fields = (self.receptive_fields(index)[0], logit.numel())  # for EM and dynamic routing
         votes = compute_votes(pose, self.weight)
         votes = votes.to(self.weight.dtype)  # routing needs more bits than autocast's bfloat16 has
         routed = self.routing(votes, log_a.to(votes.dtype).unsqueeze(1), fields)
@@ -357,7 +353,7 @@ class CapsNet(nn.Module):
     forward(images (B, *image_shape)) -> poses (B, num_classes, P, P), logits (B, num_classes)
     In float16 under autocast only: .half() underflows. torch.export takes it, torch.jit.script not.
     ValueError if image_shape is too small for the kernels, routing is not one of ROUTINGS, channels
-    are not four, a number is not positive, or the images have another shape.
+    are not four, one of them or num_classes is below 1, or the images have another shape.
     """
 
     def __init__(self, image_shape, num_classes, routing="similarity", channels=(64, 8, 16, 16),
@@ -439,8 +435,6 @@ class EMRouting(Routing):
     With 3 iterations this network fits smallNORB far worse, with 0.01 instead of 0.03 somewhat.
     """
 
-    lr = 6e-3
-
     def __init__(self, out_channels, pose_size=4, iterations=2, inverse_temperature=0.03):
         super().__init__(out_channels, iterations)
         self.inverse_temperature = inverse_temperature
@@ -448,9 +442,11 @@ class EMRouting(Routing):
         self.beta_a = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, votes, log_a, fields=None):
-        log_ap = torch.zeros_like(votes[:, :, 0])
+        log_ap = torch.zeros_like(votes[:, :, 0])  # log(a_j p_ij), up to what all parents share
         for t in range(self.iterations):
             # E-step: R_ij = a_j p_ij / sum_k a_k p_ik
+            if t:  # p without the factor (2 pi)^(-D/2)
+                log_ap = F.logsigmoid(logit) - log_sigma.sum(1) - 0.5 * (d2 / variance).sum(2)
             log_r = log_softmax_over_parents(log_ap, fields) + log_a  # (I, O, N)
             # M-step
             c = log_r.softmax(0)
@@ -458,11 +454,9 @@ class EMRouting(Routing):
             d2 = (votes - mu).square()
             variance = update_pose(c, d2) + 1e-5  # (O, D, N)
             log_sigma = 0.5 * variance.log()
-            cost = (self.beta_u[:, None, None] + log_sigma).sum(1) * log_r.logsumexp(0).exp()
+            cost = (self.beta_u[:, None, None] + log_sigma).sum(1) * log_r.exp().sum(0)
             temperature = self.inverse_temperature * (1 - 0.95 ** (t + 1))
             logit = temperature * (self.beta_a[:, None] - cost)  # (O, N)
-            # log(a_j p_ij), without the factor (2 pi)^(-D/2) that all parents share
-            log_ap = F.logsigmoid(logit) - log_sigma.sum(1) - 0.5 * (d2 / variance).sum(2)
         return mu, logit, c
 
 
@@ -470,12 +464,10 @@ class DynamicRouting(Routing):
     """Dynamic routing (dynamic paper): c_ij = softmax of b_ij over all parents j of input i.
 
     The pose is squash(s_j), s_j = sum_i c_ij v_ij, and its length is the activation: so the votes
-    of an input are given the length a_i. c sums to 1 over the parents.
-    gain: multiplies the votes. Eq. 1 halves their length, and squash all but squares what is short:
-        without a gain poses are 0.02 long in caps1, 0.0005 in caps2.
+    of an input are multiplied by a_i. c sums to 1 over the parents.
+    gain: multiplies them too. Eq. 1 halves their length, and squash all but squares what is short:
+        without a gain, poses of an untrained network are 0.02 long in caps1, 0.0005 in caps2.
     """
-
-    lr = 1.2e-2
 
     def __init__(self, out_channels, pose_size=4, iterations=3, gain=10.0):
         super().__init__(out_channels, iterations)

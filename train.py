@@ -25,6 +25,7 @@ import data
 from capsnet import ROUTINGS, CapsNet, ConvCaps
 
 EPOCHS = {"toys": 2, "mnist": 4, "smallnorb": 45}
+LR = {"similarity": 1.2e-2, "connectionist": 3e-3, "em": 6e-3, "dynamic": 1.2e-2}
 WARMUP, CLIP = 10, 1.0  # steps; norm of the gradient
 EVAL_BATCH, SHOW_SECONDS = 32, 10  # images; between two lines of progress, and two saves
 LOCAL = ("data_dir", "device", "compile")  # settings of the machine, not of the run
@@ -57,7 +58,7 @@ def parse(argv=None):
         help="for the routing's constructor, such as lambda1=1; may be repeated")
     add("--epochs", type=int, help=f"if not {EPOCHS}")
     add("--batch-size", type=int, default=16, help="images per step" + default)
-    add("--lr", type=float, help="Adam's highest learning rate, if not the routing's own")
+    add("--lr", type=float, help=f"Adam's highest learning rate, if not {LR}")
     add("--validate", type=int, metavar="INSTANCE",
         help="hold out this training instance of every class, and leave the test set alone")
     add("--crops", type=int, default=1, help="score N x N crops, 1: the central one" + default)
@@ -84,7 +85,7 @@ def parse(argv=None):
                 fail(f"--{name.replace('_', '-')} {vars(args)[name]}: {args.resume} was started "
                      f"with {run[name]}")
     args.epochs = EPOCHS[args.dataset] if args.epochs is None else args.epochs
-    args.lr = ROUTINGS[args.routing][0].lr if args.lr is None else args.lr
+    args.lr = LR.get(args.routing, 3e-3) if args.lr is None else args.lr
     for name, low in dict(batch_size=1, crops=1, epochs=0, lr=0).items():
         if not low <= vars(args)[name] < float("inf"):  # nan included
             fail(f"--{name.replace('_', '-')} {vars(args)[name]}: expected {low} or more")
@@ -111,8 +112,8 @@ def make(args, checkpoint, build):
     if args.iterations is not None:
         options["iterations"] = args.iterations
     shape = args.cameras, spec.crop, spec.crop
-    torch.manual_seed(args.seed % 2**64)
     try:
+        torch.manual_seed(args.seed)
         net = build(shape, len(spec.classes), args.routing, **options)
         with torch.no_grad():
             net.eval()(torch.zeros(1, *shape))  # some options are wrong only there
@@ -186,9 +187,10 @@ def main(argv=None, build=CapsNet):
     args, checkpoint = parse(argv)
     spec, device, size = data.SPECS[args.dataset], args.device, args.batch_size
     net = make(args, checkpoint, build)  # first: what is wrong shows before a download
-    splits, name = data.load(args.dataset, args.data_dir, args.cameras), "test"
+    splits = data.load(args.dataset, args.data_dir, args.cameras)
     if args.validate is not None:
-        splits, name = data.hold_out(splits[0], args.validate), "validation"
+        splits = data.hold_out(splits[0], args.validate)
+    name = "test" if args.validate is None else "validation"
     fit, held_out = (data.Dataset(*(part.to(device) for part in split)) for split in splits)
     speed_up(net, args)
     if args.eval:
@@ -236,7 +238,7 @@ def main(argv=None, build=CapsNet):
     shown = None  # when and at which step the last line was
     while step < steps:
         epoch, place = divmod(step, per_epoch)
-        # Both seeds follow from the step: no random state has to be saved. A CPU takes 32 bits.
+        # Seeds from epoch and step: no random state has to be saved. A CPU takes 32 bits.
         torch.manual_seed((1000 * args.seed + epoch) % 2**32)  # the order of the epoch
         batch = torch.randperm(len(fit.labels))[place * size:(place + 1) * size].to(device)
         torch.manual_seed((1_000_003 * args.seed + step) % 2**32)  # the augmentation of the step
@@ -275,7 +277,7 @@ def main(argv=None, build=CapsNet):
             rows.append({**row, "seconds": round(time.monotonic() - start, 1)})
             sums.zero_()
             # Before the checkpoint: a run that is killed between the two writes it again.
-            lines = [rows[0], *(row.values() for row in rows)]
+            lines = [rows[0].keys(), *(row.values() for row in rows)]
             data.write(out / "metrics.csv", "".join(",".join(map(str, x)) + "\n" for x in lines))
         save()
         shown = time.monotonic(), step
