@@ -155,8 +155,8 @@ def squared_distance(mu: Tensor, votes: Tensor) -> Tensor:
 class SimilarityRouting(Routing):
     """Section 4.1: routing by alternation on an objective (Eq. 2) whose parameters are learned.
 
-    num_kernels: Q of Eq. 15, shared by the channels; their widths start evenly in logarithm
-        from the first to the second of `widths`, a single one at the first.
+    num_kernels: Q of Eq. 15, shared by the channels; their widths start evenly in logarithm between
+        the two of `widths`, a single one at the first.
     lambda1, lambda2, theta1: initial values, then one of each per output channel; a lambda of zero
         stays zero. The gain theta_1 must be large, since logits need room and k lies in (0, 1].
     iterations=0 is the mean vote, without routing.

@@ -279,7 +279,10 @@ def test_the_papers_mean_can_raise_the_objective_where_mean_shift_lowers_it():
     assert rise[0] > 0.1 and rise[1] < -0.01
 
 
-def test_shares_of_parents_of_logits_whose_exponentials_overflow():
+def test_shares_of_parents_of_apart_fields_and_of_logits_whose_exponentials_overflow():
+    logits, apart = rand(4, 3, 2), (torch.arange(8).view(4, 2), 8)
+    assert_same([cn.log_softmax_over_parents(logits, None)],
+                [cn.log_softmax_over_parents(logits, apart)], [logits])
     logits, fields = rand(4, 3, 3), (torch.tensor([[0, 1, 2, 5], [1, 2, 3, 5], [2, 3, 4, 5]]).T, 6)
     for shift in (-1e4, 1e4):
         torch.testing.assert_close(cn.log_softmax_over_parents(logits + shift, fields),
