@@ -791,7 +791,7 @@ def test_a_run_learns_and_stopped_resumed_and_prolonged_it_takes_the_same_steps(
     resume = pasted("if it is stopped")
     assert "--epochs 1: " in fails([*resume, "--epochs", "1"])
     resume += ["--option", "num_kernels=3"]  # the same again
-    for other in ("--batch-size", "5"), ("--option", "num_kernels=4"), ("--validate", "1"):
+    for other in ("--lr", "1"), ("--option", "num_kernels=4"), ("--validate", "1"):
         assert "checkpoint.pt was started with" in fails([*resume, *other])
     train.main(resume)
     assert device != "cpu" or same_runs(whole, cut)

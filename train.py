@@ -70,8 +70,8 @@ def parse(argv=None):
     add("--data-dir", default="datasets", help="where the data sets are, or will be put" + default)
     add = parser.add_mutually_exclusive_group().add_argument
     add("--out", type=Path, help="folder for the run, if not a new one in runs/")
-    add("--resume", type=Path, metavar="CHECKPOINT", help="continue this run; --epochs, --lr, "
-        "--crops, --device, --compile, --data-dir may be given again")
+    add("--resume", type=Path, metavar="CHECKPOINT", help="continue this run; --epochs, "
+        "--device, --compile, --data-dir may be given again")
     add("--eval", type=Path, metavar="WEIGHTS", help="score these weights again")
     args, checkpoint = parser.parse_args(argv), None
     if args.resume or args.eval:
@@ -81,7 +81,7 @@ def parse(argv=None):
         args = parser.parse_args(argv, argparse.Namespace(**saved | {"option": []}))
         args.option = args.option or saved["option"]  # argparse would append to the saved ones
         for name in run if args.resume else ():
-            if vars(args)[name] != run[name] and name not in ("epochs", "lr", "crops"):
+            if vars(args)[name] != run[name] and name != "epochs":
                 fail(f"--{name.replace('_', '-')} {vars(args)[name]}: {args.resume} was started "
                      f"with {run[name]}")
     args.epochs = EPOCHS[args.dataset] if args.epochs is None else args.epochs
