@@ -235,23 +235,15 @@ class ConnectionistRouting(Routing):
         self.psi = mlp(hidden_size, *psi, 1)
 
     def compatibility(self, mu, votes, log_a, c, state):
-        # The cell's product with [mu, v, a, c] part by part: compiled, those of v and a, which no
-        # iteration changes, are taken once; and votes are not copied beside the rest.
-        entries = votes.shape[2]
-        w_mu, w_v, w_a, w_c = self.cell.weight_ih.split([entries, entries, 1, 1], 1)
-        gates = (F.linear(votes.movedim(2, -1), w_v, self.cell.bias_ih + self.cell.bias_hh)
-                 + F.linear(mu.movedim(1, -1), w_mu)
-                 + log_a.exp().unsqueeze(-1) * w_a.squeeze(1) + c.unsqueeze(-1) * w_c.squeeze(1))
-        if state:  # h and s, which are zero at first
-            gates = gates + F.linear(state[0], self.cell.weight_hh)
-        i, f, g, o = gates.chunk(4, -1)  # (I, O, N, hidden_size) each
-        s = i.sigmoid() * g.tanh() + (f.sigmoid() * state[1] if state else 0)
-        h = o.sigmoid() * s.tanh()
-        b = self.phi(h).squeeze(-1).to(c.dtype)  # autocast may have made it bfloat16
+        a = log_a.exp().expand_as(c)
+        x = torch.cat([mu.expand_as(votes), votes, a.unsqueeze(2), c.unsqueeze(2)], 2)
+        h, s = self.cell(x.movedim(2, -1).flatten(0, 2), state)  # (I O N, hidden_size) each
+        b = self.phi(h).view_as(c).to(c.dtype)  # autocast may have made it bfloat16
         return b.softmax(0), (h, s)
 
     def activation(self, mu, votes, log_a, c, state):
-        return self.psi((c.unsqueeze(-1) * state[1]).sum(0)).squeeze(-1).to(c.dtype)
+        s = state[1].unflatten(0, c.shape)  # (I, O, N, hidden_size)
+        return self.psi((c.unsqueeze(-1) * s).sum(0)).squeeze(-1).to(c.dtype)
 
 
 # ------------------------------------------------------------------------------- the layers
