@@ -237,7 +237,8 @@ class ConnectionistRouting(Routing):
     def compatibility(self, mu, votes, log_a, c, state):
         a = log_a.exp().expand_as(c)
         x = torch.cat([mu.expand_as(votes), votes, a.unsqueeze(2), c.unsqueeze(2)], 2)
-        h, s = self.cell(x.movedim(2, -1).flatten(0, 2), state)  # (I O N, hidden_size) each
+        x = x.movedim(2, -1).flatten(0, 2)  # (I O N, 2 D + 2)
+        h, s = self.cell(x, state)  # (I O N, hidden_size) each
         b = self.phi(h).view_as(c).to(c.dtype)  # autocast may have made it bfloat16
         return b.softmax(0), (h, s)
 
