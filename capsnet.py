@@ -35,25 +35,25 @@ Where this departs from the paper, or chooses what the paper leaves open. The ne
     * Before it votes, every pose is divided by its Frobenius norm, as in the author's early
       versions; his later ones do it with primary poses only. Without it, votes shrink by half in
       every layer.
-    * No coordinates are added to poses. With the input's own, new toys were recognised worse in
-      short trials; the author's, of the output position and of the slot in the field, were not
+    * No coordinates are added to poses. Those of the input capsule made errors on new toys larger
+      in short trials; the author's, of the output position and of the slot in the field, were not
       tried. He has a ReLU on primary poses in some versions.
     * lambda1, lambda2 and the kernel widths are learned as logarithms, so they stay positive (and
       weight decay would pull them towards 1).
-    * lambda1 and lambda2 start at 0.2, theta_1 at 20, in the class capsules 60. At the author's 12,
-      1 and a small theta_1 c stays uniform and the class logits of all images nearly equal.
+    * lambda1 and lambda2 start at 0.2, theta_1 at 20 (class capsules: 60). With the author's 12 and
+      1, and a small theta_1, c stays uniform and all images get nearly the same class logits.
       theta_2 starts at 0, theta_3 at 1; primary activations near 1/2 (the author's near 0.7).
     * Connectionist routing starts with larger weights: with PyTorch's, its class logits hardly
       differ between images.
     * EM and dynamic routing are their papers' procedures inside this network: votes of Eq. 1,
-      cross-entropy, no reconstruction. EM has two iterations (its paper: three) and an inverse
-      temperature of 0.03 (0.01).
+      cross-entropy, no reconstruction. EM has two iterations (its paper: three), an inverse
+      temperature of 0.03 (0.01) and 1e-5 added to variances; dynamic routing has votes times ten.
 
 Its training:
 
-    * Fewer epochs. Adam at 1.2e-2 (EM: 6e-3, connectionist: 3e-3), rising in ten steps and falling
-      linearly to zero (the paper: 3e-3, exponentially), and `CapsNet.parameter_groups`.
-    * Gradients of a norm of 1 at most. Brightness and contrast within 0.2, on MNIST neither (the
+    * Fewer epochs. Adam's rate is 1.2e-2 (EM: 6e-3, connectionist: 3e-3), rises for ten steps, then
+      falls linearly to zero (the paper: 3e-3, exponentially); see `CapsNet.parameter_groups`.
+    * The gradient is clipped to a norm of 1. Brightness and contrast vary by 0.2, on MNIST not (the
       author: 2.0 and 0.5). MNIST is padded to 32x32 and cropped at random to 28x28.
 """
 
@@ -157,8 +157,9 @@ class SimilarityRouting(Routing):
 
     num_kernels: Q of Eq. 15, shared by the channels; their widths start evenly in logarithm between
         the two of `widths`, a single one at the first.
-    lambda1, lambda2, theta1: initial values, then one of each per output channel; a lambda of zero
-        stays zero. The gain theta_1 must be large, since logits need room and k lies in (0, 1].
+    lambda1, lambda2, theta1: initial values; each output channel learns its own. A lambda of zero
+        stays zero (under Adam with weight decay: becomes NaN). theta_1 must be large, since logits
+        need room and k lies in (0, 1].
     iterations=0 is the mean vote, without routing.
     """
 
@@ -197,13 +198,14 @@ class SimilarityRouting(Routing):
 def mean_shift(routing: SimilarityRouting, mu, votes, compatibility) -> Tensor:
     """mu <- sum c_i g_i v_i / sum c_i g_i, with g_i = -dk/d(||mu - v_i||^2), for Eq. 15.
 
-    It never raises `routing_objective`, as Eq. 4 may, since k is convex in the squared distance
-    (minorise-maximise). In logarithms: the ratio stays exact where all g_i underflow.
+    In place of Eq. 4, though no network here uses it: it never raises `routing_objective`, as Eq. 4
+    may, since k is convex in the squared distance (minorise-maximise). In logarithms: the ratio
+    stays exact where all g_i underflow. Its gradient needs c > 0.
     """
     d2 = squared_distance(mu, votes).unsqueeze(-1)  # (I, O, N, Q)
-    log_w = routing.kernel_logit.log_softmax(0) - 2 * routing.log_width
-    log_g = (log_w - 0.5 * d2 * (-2 * routing.log_width).exp()).logsumexp(-1)
-    return update_pose((compatibility.log() + log_g).softmax(0), votes)
+    log_precision = -2 * routing.log_width
+    log_g = (routing.kernel_logit + log_precision - 0.5 * d2 * log_precision.exp()).logsumexp(-1)
+    return update_pose((compatibility.log() + log_g).softmax(0), votes)  # g up to a factor
 
 
 # --------------------------------------------------------------- Section 4.2: connectionist
@@ -300,10 +302,10 @@ class ConvCaps(nn.Module):
     def receptive_fields(self, x):
         """(B, C, *grid, ...) -> (I, ..., N), and the shape that N unflattens to, (B, *out)."""
         dims = len(self.kernel_size)
-        for n, (size, step) in enumerate(zip(self.kernel_size, self.stride, strict=True), 2):
-            x = x.unfold(2 * n - 2, size, step).movedim(-1, n)
-        # (B, C, *kernel, *out, ...) -> (C, *kernel, ..., B, *out)
-        x = x.movedim((0, *range(2 + dims, 2 + 2 * dims)), tuple(range(-1 - dims, 0)))
+        x = x.movedim(0, -1)  # (C, *grid, ..., B)
+        for n, (size, step) in enumerate(zip(self.kernel_size, self.stride, strict=True), 1):
+            x = x.unfold(n, size, step).transpose(n, -1)  # the kernel here, the positions last
+        # (C, *kernel, ..., B, *out)
         return x.flatten(0, dims).flatten(-1 - dims), x.shape[-1 - dims:]
 
     def forward(self, pose, logit):
@@ -344,7 +346,8 @@ class CapsNet(nn.Module):
     channels: of the convolution and of the three capsule layers below the classes.
 
     forward(images (B, *image_shape)) -> poses (B, num_classes, P, P), logits (B, num_classes)
-    In float16 under autocast only: .half() underflows. torch.export takes it, torch.jit.script not.
+    For float16 or bfloat16 use autocast: after .half() gradients are NaN, after .bfloat16() logits
+    ten times as inexact. torch.export takes the network, torch.jit.script does not.
     ValueError if image_shape is too small for the kernels, routing is not one of ROUTINGS, channels
     are not four, one of them or num_classes is below 1, or the images have another shape.
     """
@@ -425,7 +428,7 @@ class EMRouting(Routing):
     r_ij = R_ij a_i is the weight of vote i in cluster j, and c = r / sum_i r, so that the mean of
     the M-step is Eq. 4. R is normalised over all parents of an input; at first they are equal.
     The activation's lambda is inverse_temperature * (1 - 0.95^(t+1)) in iteration t = 0, 1, ...
-    With 3 iterations this network fits smallNORB far worse, with 0.01 instead of 0.03 somewhat.
+    In short trials 3 iterations fitted smallNORB far worse, 0.01 instead of 0.03 somewhat.
     """
 
     def __init__(self, out_channels, pose_size=4, iterations=2, inverse_temperature=0.03):

@@ -377,13 +377,6 @@ def test_extreme_inputs_give_finite_values_and_gradients(name, extreme, autocast
 # -------------------------------------------------------------------------------- the network
 
 
-@pytest.mark.parametrize("name, routing", [
-    ("dynamic", 0), ("em", 74), ("similarity", 221), ("connectionist", 40010)])
-def test_parameters_number_86408_and_those_of_the_routing(name, routing):
-    """Which also holds Q of Eq. 15 and Table 2."""
-    assert sum(p.numel() for p in CapsNet((1, 32, 32), 5, name).parameters()) == 86408 + routing
-
-
 def test_parameter_groups_give_the_routings_own_parameters_five_times_the_rate():
     net = CapsNet((1, 17, 17), 2)
     slow, fast = net.parameter_groups(1e-3)
@@ -415,7 +408,7 @@ def test_initial_values():
     ("dynamic", (7.53902, 7.70633, 11.94036, 11.18928, 9.08665))])
 @torch.no_grad()
 def test_the_results_weights_still_mean_what_they_meant(name, expected):
-    """All that is in no state_dict, such as iterations, and how the layers are put together."""
+    """Table 2, and all that is in no state_dict: iterations, how the layers are put together."""
     path = HERE / "results" / f"smallnorb-{name}" / "weights.pt"
     net = CapsNet((1, 32, 32), 5, name).eval()
     net.load_state_dict(torch.load(path)["model"])
@@ -594,8 +587,6 @@ def test_official_files(tmp_path, capsys):
 DAMAGE = {  # the file, what becomes of it, packed or not
     "cut off": ("dat.mat", lambda b: b[:-5], False),
     "more bytes": ("info.mat", lambda b: b + bytes(4), False),
-    "label too high": ("cat.mat", lambda b: b[:-4] + b"\5\0\0\0", False),
-    "label negative": ("cat.mat", lambda b: b[:-4] + b"\xff" * 4, False),
     "html": ("dat.mat", lambda b: b"<!DOCTYPE html>\n<title>403</title>", True),
     "cut-off gzip": ("dat.mat", lambda b: gzip.compress(b)[:-3000], True),
     "gzip block": ("dat.mat", lambda b: gzip.compress(b)[:10] + b"\xff" * 40, True),

@@ -238,10 +238,10 @@ def main(argv=None, build=CapsNet):
     shown = None  # when and at which step the last line was
     while step < steps:
         epoch, place = divmod(step, per_epoch)
-        # Seeds from epoch and step: no random state has to be saved. A CPU takes 32 bits.
-        torch.manual_seed((1000 * args.seed + epoch) % 2**32)  # the order of the epoch
+        # Seeds from epoch and step: no random state has to be saved.
+        torch.manual_seed(1000 * args.seed + epoch)  # the order of the epoch
         batch = torch.randperm(len(fit.labels))[place * size:(place + 1) * size].to(device)
-        torch.manual_seed((1_000_003 * args.seed + step) % 2**32)  # the augmentation of the step
+        torch.manual_seed(1_000_003 * args.seed + step)  # the augmentation of the step
         images = data.augment(data.standardise(fit.images[batch]), spec)
         labels = fit.labels[batch]
         for group, lr in zip(optimizer.param_groups, highest):  # rises, then straight to zero

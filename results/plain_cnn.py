@@ -18,7 +18,6 @@ class PlainCNN(nn.Module):
 
     def __init__(self, image_shape, num_classes, routing, **options):
         super().__init__()
-        self.image_shape = image_shape
 
         def block(inputs, outputs, kernel_size, stride):
             conv = nn.Conv2d(inputs, outputs, kernel_size, stride)
