@@ -346,8 +346,8 @@ class CapsNet(nn.Module):
     channels: of the convolution and of the three capsule layers below the classes.
 
     forward(images (B, *image_shape)) -> poses (B, num_classes, P, P), logits (B, num_classes)
-    For float16 or bfloat16 use autocast: after .half() gradients are NaN, after .bfloat16() logits
-    ten times as inexact. torch.export takes the network, torch.jit.script does not.
+    For float16 or bfloat16 use autocast: .half() can give NaN, .bfloat16() is less exact.
+    torch.export takes the network, torch.jit.script does not.
     ValueError if image_shape is too small for the kernels, routing is not one of ROUTINGS, channels
     are not four, one of them or num_classes is below 1, or the images have another shape.
     """

@@ -377,6 +377,13 @@ def test_extreme_inputs_give_finite_values_and_gradients(name, extreme, autocast
 # -------------------------------------------------------------------------------- the network
 
 
+@pytest.mark.parametrize("name, routing", [
+    ("dynamic", 0), ("em", 74), ("similarity", 221), ("connectionist", 40010)])
+def test_parameters_number_86408_and_those_of_the_routing(name, routing):
+    """Which also holds Q of Eq. 15 and Table 2."""
+    assert sum(p.numel() for p in CapsNet((1, 32, 32), 5, name).parameters()) == 86408 + routing
+
+
 def test_parameter_groups_give_the_routings_own_parameters_five_times_the_rate():
     net = CapsNet((1, 17, 17), 2)
     slow, fast = net.parameter_groups(1e-3)
@@ -408,7 +415,7 @@ def test_initial_values():
     ("dynamic", (7.53902, 7.70633, 11.94036, 11.18928, 9.08665))])
 @torch.no_grad()
 def test_the_results_weights_still_mean_what_they_meant(name, expected):
-    """Table 2, and all that is in no state_dict: iterations, how the layers are put together."""
+    """All that is in no state_dict, such as iterations, and how the layers are put together."""
     path = HERE / "results" / f"smallnorb-{name}" / "weights.pt"
     net = CapsNet((1, 32, 32), 5, name).eval()
     net.load_state_dict(torch.load(path)["model"])
