@@ -24,7 +24,7 @@ from torch import nn
 import data
 from capsnet import ROUTINGS, CapsNet, ConvCaps
 
-EPOCHS = {"toys": 2, "mnist": 4, "smallnorb": 8}
+EPOCHS = {"toys": 2, "mnist": 4, "smallnorb": 45}
 LR = {"similarity": 1.2e-2, "connectionist": 3e-3, "em": 6e-3, "dynamic": 1.2e-2}
 WARMUP, CLIP = 10, 1.0  # steps; norm of the gradient
 EVAL_BATCH, SHOW_SECONDS = 32, 10  # images; between two lines of progress, and two saves
