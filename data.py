@@ -1,7 +1,8 @@
-"""The data: toys (rendered here, the default), MNIST and smallNORB; their crops.
+"""The data: toys (rendered here, the default), MNIST and smallNORB; their augmentation.
 
 `load` gives a training and a test `Dataset`; `hold_out` takes a validation set out of the first.
-Images stay uint8 until `standardise`; `crop` then cuts the window that the network sees.
+Images stay uint8 until `standardise`; `augment` and `crops` then cut the window that the network
+sees.
 
 smallNORB: LeCun, Huang and Bottou, "Learning methods for generic object recognition with
 invariance to pose and lighting", CVPR 2004; for research use only. MNIST: LeCun, Cortes, Burges.
@@ -28,17 +29,18 @@ class DataError(Exception):
 class Spec(NamedTuple):
     """What is known about a data set before it is loaded."""
 
-    classes: tuple  # names, in the order of the labels
-    cameras: int    # the most views of a scene that can be asked for: channels
-    crop: int       # height and width that the network sees
-    shift: int      # in training, of the crop from the centre: at most so many pixels
+    classes: tuple     # names, in the order of the labels
+    cameras: int       # the most views of a scene that can be asked for: channels
+    crop: int          # height and width that the network sees
+    brightness: float  # strengths of the augmentation, see `augment`
+    contrast: float
 
 
 TOYS = ("animal", "human", "airplane", "truck", "car")
 SPECS = {
-    "toys": Spec(TOYS, 1, 32, 4),
-    "mnist": Spec(tuple("0123456789"), 1, 28, 2),
-    "smallnorb": Spec(TOYS, 2, 32, 2),
+    "toys": Spec(TOYS, 1, 32, 0.2, 0.2),
+    "mnist": Spec(tuple("0123456789"), 1, 28, 0.0, 0.0),
+    "smallnorb": Spec(TOYS, 2, 32, 0.2, 0.2),
 }
 
 
@@ -188,13 +190,24 @@ def standardise(images):
     return pixels / deviation.clamp_min(1e-3)  # of one level in one pixel: above 1e-2
 
 
-def crop(images, size, shift=0):
-    """(B, C, H, W) -> (B, C, size, size): of each image a window at random, at most `shift` pixels
-    in each direction from the centre; at 0 the central one. size + 2 shift is at most H and W."""
-    tops, lefts = (((n - size) // 2 + torch.randint(-shift, shift + 1, (len(images),))).tolist()
+def crops(images, size, per_side=1):
+    """The per_side x per_side windows (B, C, size, size) of (B, C, H, W), row by row: the middles
+    of equal parts of all places, so that per_side=1 is the central crop. size is at most H and W.
+    """
+    tops, lefts = ([(n - size) * (2 * i + 1) // (2 * per_side) for i in range(per_side)]
                    for n in images.shape[2:])
-    return torch.stack([image[:, top:top + size, left:left + size]
-                        for image, top, left in zip(images, tops, lefts)])
+    return [images[:, :, top:top + size, left:left + size] for top in tops for left in lefts]
+
+
+def augment(images, spec):
+    """(B, C, H, W) standardised -> (B, C, crop, crop): of each image a window at a random place,
+    times U(1 - contrast, 1 + contrast), plus U(-brightness, brightness), as in spec."""
+    count, size = len(images), spec.crop
+    tops, lefts = (torch.randint(n - size + 1, (count,)).tolist() for n in images.shape[2:])
+    windows = torch.stack([image[:, top:top + size, left:left + size]
+                           for image, top, left in zip(images, tops, lefts)])
+    gain, shift = 2 * torch.rand(2, count, 1, 1, 1, device=images.device) - 1
+    return windows * (1 + spec.contrast * gain) + spec.brightness * shift
 
 
 def hold_out(train, instance):

@@ -583,7 +583,7 @@ def test_official_files(tmp_path, capsys):
 
     train, test = data.load("mnist", tmp_path)
     assert train.images.shape == (24, 1, 32, 32) and train.labels.tolist()[9:12] == [9, 0, 1]
-    inner = data.crop(test.images, 28)
+    inner = data.crops(test.images, 28)[0]
     assert inner.numpy().tobytes() == FILES["mnist"]["t10k-images-idx3-ubyte"][16:]
     assert test.images.sum() == inner.sum()
     assert train.instances.bincount().tolist() == [2] * 12
@@ -684,14 +684,31 @@ def test_standardise():
         assert abs(image.mean()) < 1e-3 and abs(image.std(unbiased=False) - 1) < 1e-3
 
 
-def test_crop():
-    images = torch.arange(80.).view(1, 1, 8, 10).repeat(500, 2, 1, 1)
-    assert torch.equal(data.crop(images, 4), images[:, :, 2:6, 3:7])
-    windows = data.crop(images, 4, shift=2)
-    corners = [divmod(int(window[0, 0, 0]), 10) for window in windows]
-    assert {*corners} == {*product(range(5), range(1, 6))}
-    for window, image, (top, left) in zip(windows, images, corners):
-        assert torch.equal(window, image[:, top:top + 4, left:left + 4])
+def test_augment_and_crops():
+    image = torch.arange(128.0).view(2, 8, 8)
+
+    def run(brightness, contrast, seed=0):
+        spec = data.SPECS["mnist"]._replace(crop=6, brightness=brightness, contrast=contrast)
+        torch.manual_seed(seed)
+        return data.augment(image.repeat(500, 1, 1, 1), spec)
+
+    plain, out = run(0, 0), run(2, .5)
+    assert torch.equal(out, run(2, .5)) and not torch.equal(out, run(2, .5, seed=1))
+    corners = [divmod(int(window[0, 0, 0]), 8) for window in plain]
+    assert {*corners} == {*product(range(3), repeat=2)}
+    for window, (top, left) in zip(plain, corners):
+        assert torch.equal(window, image[:, top:top + 6, left:left + 6])
+    gain = out.flatten(1).std(1) / plain.flatten(1).std(1)  # contrast, then brightness
+    shift = (out - gain.view(-1, 1, 1, 1) * plain).flatten(1)
+    assert (shift - shift[:, :1]).abs().max() < 1e-3  # one an image
+    for drawn, low, high in ((gain, .5, 1.5), (shift, -2, 2)):
+        assert low - 1e-3 < drawn.min() < low + (high - low) / 50
+        assert high - (high - low) / 50 < drawn.max() < high + 1e-3
+
+    image = torch.arange(80.).view(1, 1, 8, 10)
+    assert torch.equal(*data.crops(image, 4), image[:, :, 2:6, 3:7])
+    assert [divmod(int(c[0, 0, 0, 0]), 10) for c in data.crops(image, 2, 3)] == [
+        (top, left) for top in (1, 3, 5) for left in (1, 4, 6)]
 
 
 # ------------------------------------------------------------------------------ train.py
@@ -844,7 +861,8 @@ def test_validation_never_touches_the_test_set(small_mnist, tmp_path, capsys, mo
 
     monkeypatch.setattr(train, "evaluate", spy)
     out = tmp_path / "run"
-    train.main([*small_mnist, "--validate", "11", "--epochs", "2", "--out", str(out)])
+    train.main([*small_mnist, "--validate", "11", "--epochs", "2", "--crops", "2", "--out",
+                str(out)])
     train.main(["--eval", str(out / "weights.pt"), *small_mnist[:5]])
     official, _ = data.load("mnist", small_mnist[1])
     assert len(scored) == 4  # after each epoch, at the end, and again
@@ -854,13 +872,15 @@ def test_validation_never_touches_the_test_set(small_mnist, tmp_path, capsys, mo
     assert "22 training images" in output and "of 2 images" in output
     assert "validation error" in output and "test error" not in output
     result = json.loads((out / "result.json").read_text())
-    assert sum(map(sum, result["confusion"])) == 2
+    assert result["settings"]["crops"] == 2 and sum(map(sum, result["confusion"])) == 2
 
 
-def test_evaluate_counts_every_image_once(capsys):
+def test_evaluate_counts_every_image_once_and_averages_probabilities_over_crops(capsys):
+    """One bright crop of nine is outvoted, though its logit is larger than the others together."""
     labels = torch.arange(300) % 3
     images = torch.zeros(300, 1, 32, 32, dtype=torch.uint8)
-    images[labels > 0, 0, 2, 2] = 255  # the corner of the central crop: class 1, the rest class 0
+    images[labels == 1, 0, 2, 2] = 255  # the corner of the central crop: class 1, the rest class 0
+    images[labels == 2, 0, :4, :4] = 255  # of nearly all crops
 
     class FirstPixel(torch.nn.Module):
         def forward(self, images):
@@ -869,12 +889,14 @@ def test_evaluate_counts_every_image_once(capsys):
             logits[:, 0], logits[:, 1] = 1, images[:, 0, 0, 0]
             return None, logits
 
-    args, _ = train.parse(["--dataset", "mnist", "--device", "cpu"])
-    error, confusion = train.evaluate(FirstPixel(), data.Dataset(images, labels, None), args)
-    assert confusion[:3, :2].tolist() == [[100, 0], [0, 100], [0, 100]] and confusion.sum() == 300
+    for crops, expected in ("1", [[100, 0], [0, 100], [0, 100]]), (
+            "3", [[100, 0], [100, 0], [0, 100]]):
+        args, _ = train.parse(["--dataset", "mnist", "--device", "cpu", "--crops", crops])
+        error, confusion = train.evaluate(FirstPixel(), data.Dataset(images, labels, None), args)
+        assert confusion[:3, :2].tolist() == expected and confusion.sum() == 300
     train.show("test", error, confusion, data.SPECS["mnist"].classes)
     output = capsys.readouterr().out
-    assert "test error 33.33 %: 100 of 300 images" in output
+    assert "test error 66.67 %: 200 of 300 images" in output
     assert re.search(r"^2 +0 +100 +0", output, re.MULTILINE)
 
 
@@ -903,16 +925,15 @@ def test_learning_rate_and_epochs_follow_routing_and_data_set_unless_given():
         assert (args.lr, args.epochs) == (lr, epochs)
 
 
-def test_seeds_differ_in_weights_order_and_crops(small_mnist, tmp_path, monkeypatch):
-    pixels, drawn, crop = [], [], data.crop
+def test_seeds_differ_in_weights_order_and_augmentation(small_mnist, tmp_path, monkeypatch):
+    pixels, drawn, augment = [], [], data.augment
 
-    def spy(images, size, shift=0):
-        if shift:
-            pixels.append(tuple(images[:, 0, 9, 9].tolist()))
-            drawn.append(torch.rand(1).item())
-        return crop(images, size, shift)
+    def spy(images, spec):
+        pixels.append(tuple(images[:, 0, 9, 9].tolist()))
+        drawn.append(torch.rand(1).item())
+        return augment(images, spec)
 
-    monkeypatch.setattr(data, "crop", spy)
+    monkeypatch.setattr(data, "augment", spy)
     for seed in "0", "1":
         train.main([*small_mnist, "--epochs", "2", "--seed", seed, "--out", str(tmp_path / seed)])
     epochs = [sum(pixels[i:i + 6], ()) for i in range(0, 24, 6)]

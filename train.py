@@ -61,7 +61,8 @@ def parse(argv=None):
     add("--lr", type=float, help=f"Adam's highest learning rate, if not {LR}")
     add("--validate", type=int, metavar="INSTANCE",
         help="hold out this training instance of every class, and leave the test set alone")
-    add("--seed", type=int, default=0, help="of weights, order and crops" + default)
+    add("--crops", type=int, default=1, help="score N x N crops, 1: the central one" + default)
+    add("--seed", type=int, default=0, help="of weights, order and augmentation" + default)
     add("--compile", action=argparse.BooleanOptionalAction, default=True,
         help="faster, after a minute; goes without where it cannot" + default)
     add("--device", help="to run on" + default,
@@ -85,7 +86,7 @@ def parse(argv=None):
                      f"with {run[name]}")
     args.epochs = EPOCHS[args.dataset] if args.epochs is None else args.epochs
     args.lr = LR.get(args.routing, 3e-3) if args.lr is None else args.lr
-    for name, low in dict(batch_size=1, epochs=0, lr=0).items():
+    for name, low in dict(batch_size=1, crops=1, epochs=0, lr=0).items():
         if not low <= vars(args)[name] < float("inf"):  # nan included
             fail(f"--{name.replace('_', '-')} {vars(args)[name]}: expected {low} or more")
     return args, checkpoint
@@ -153,15 +154,17 @@ def speed_up(net, args):
 
 @torch.no_grad()
 def evaluate(net, dataset, args):
-    """-> percent of errors, counts (true class, predicted class)."""
+    """-> percent of errors, counts (true class, predicted class); of one crop or several."""
     spec = data.SPECS[args.dataset]
     n = len(spec.classes)
     confusion = torch.zeros(n * n, dtype=torch.int64, device=args.device)
     net.eval()
     for images, labels in zip(dataset.images.split(EVAL_BATCH), dataset.labels.split(EVAL_BATCH)):
-        # net.forward: on a GPU net(...) would compile the network again, for every batch size.
-        _, logits = net.forward(data.crop(data.standardise(images), spec.crop))
-        predicted = logits.argmax(1)
+        crops = data.crops(data.standardise(images), spec.crop, args.crops)
+        # net.forward: on a GPU net(crop) would compile the network again, for every batch size.
+        logits = torch.stack([net.forward(crop)[1] for crop in crops])
+        # The mean of the crops' probabilities, as a logarithm: rounding makes no ties there.
+        predicted = logits.log_softmax(2).logsumexp(0).argmax(1)
         confusion += torch.bincount(labels * n + predicted, minlength=n * n)
     net.train()
     confusion = confusion.view(n, n).cpu()
@@ -238,8 +241,8 @@ def main(argv=None, build=CapsNet):
         # Seeds from epoch and step: no random state has to be saved.
         torch.manual_seed(1000 * args.seed + epoch)  # the order of the epoch
         batch = torch.randperm(len(fit.labels))[place * size:(place + 1) * size].to(device)
-        torch.manual_seed(1_000_003 * args.seed + step)  # the crops of the step
-        images = data.crop(data.standardise(fit.images[batch]), spec.crop, spec.shift)
+        torch.manual_seed(1_000_003 * args.seed + step)  # the augmentation of the step
+        images = data.augment(data.standardise(fit.images[batch]), spec)
         labels = fit.labels[batch]
         for group, lr in zip(optimizer.param_groups, highest):  # rises, then straight to zero
             group["lr"] = lr * min(1, (step + 1) / WARMUP) * (1 - step / steps)

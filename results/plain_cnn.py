@@ -1,7 +1,7 @@
 """The plain CNN that the README compares with: train.py, another network in the capsules' place.
 
     python results/plain_cnn.py --dataset smallnorb --lr 6e-3 --out runs/cnn
-    python results/plain_cnn.py --eval runs/cnn/weights.pt
+    python results/plain_cnn.py --eval runs/cnn/weights.pt --crops 2
 """
 
 import sys

@@ -120,7 +120,7 @@ def look(name, weights):
     for label in range(5):
         these = (test.labels == label).nonzero()[:, 0]
         picked += these[torch.randperm(len(these), generator=generator)[:2]].tolist()
-    images = data.crop(data.standardise(test.images[picked]), 32)
+    images = data.crops(data.standardise(test.images[picked]), 32)[0]
     primary = net.primary(net.conv(images))
     *hidden1, c1 = net.caps1(*primary)
     *hidden2, c2 = net.caps2(*hidden1)
