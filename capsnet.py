@@ -144,7 +144,8 @@ def update_compatibility(similarity: Tensor, log_a: Tensor, lambda1, lambda2) ->
     Softmax over the first axis, the *input* capsules: every output capsule spreads one unit of
     attention over its votes. (EM and dynamic routing share out an input over its parents instead.)
     """
-    return ((similarity + lambda2 * log_a) / (lambda1 + lambda2)).softmax(0)
+    total = lambda1 + lambda2
+    return (similarity / total + lambda2 / total * log_a).softmax(0)
 
 
 def squared_distance(mu: Tensor, votes: Tensor) -> Tensor:
@@ -225,6 +226,7 @@ class ConnectionistRouting(Routing):
 
     h, s <- cell([mu_j, v_ij, a_i, c_ij], (h, s));  c <- softmax_i(phi(h));  at the end, Eq. 14,
     logit a_j = psi(sum_i c_i s_i). hidden_size: of the cell; phi, psi: hidden layers (Table 2).
+    The cell is written out: products that the iterations or the votes share are taken once.
     """
 
     def __init__(self, out_channels, pose_size=4, iterations=3, hidden_size=16, phi=(), psi=()):
@@ -237,16 +239,26 @@ class ConnectionistRouting(Routing):
         self.psi = mlp(hidden_size, *psi, 1)
 
     def compatibility(self, mu, votes, log_a, c, state):
-        a = log_a.exp().expand_as(c)
-        x = torch.cat([mu.expand_as(votes), votes, a.unsqueeze(2), c.unsqueeze(2)], 2)
-        x = x.movedim(2, -1).flatten(0, 2)  # (I O N, 2 D + 2)
-        h, s = self.cell(x, state)  # (I O N, hidden_size) each
-        b = self.phi(h).view_as(c).to(c.dtype)  # autocast may have made it bfloat16
-        return b.softmax(0), (h, s)
+        cell, entries = self.cell, mu.shape[1]
+        of_mu, of_vote, of_a, of_c = cell.weight_ih.split((entries, entries, 1, 1), 1)
+        of_a, of_c, bias = (x.view(-1, 1, 1, 1) for x in (of_a, of_c, cell.bias_ih + cell.bias_hh))
+        if state is None:
+            fixed = torch.einsum("gd,iodn->gion", of_vote, votes) + of_a * log_a.exp() + bias
+            recurrent = s = 0  # as h is
+        else:
+            fixed, h, s = state
+            recurrent = torch.einsum("gh,hion->gion", cell.weight_hh, h)
+        mean = torch.einsum("gd,odn->gon", of_mu, mu).unsqueeze(1)
+        gates = fixed + mean + of_c * c + recurrent  # (4 hidden_size, I, O, N)
+        i, f, g, o = gates.chunk(4)  # (hidden_size, I, O, N) each
+        s = f.sigmoid() * s + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * s.tanh()
+        b = self.phi(h.flatten(1).T).view_as(c).to(c.dtype)  # autocast may have made it bfloat16
+        return b.softmax(0), (fixed, h, s)
 
     def activation(self, mu, votes, log_a, c, state):
-        s = state[1].unflatten(0, c.shape)  # (I, O, N, hidden_size)
-        return self.psi((c.unsqueeze(-1) * s).sum(0)).squeeze(-1).to(c.dtype)
+        _, _, s = state
+        return self.psi((c * s).sum(1).movedim(0, -1)).squeeze(-1).to(c.dtype)
 
 
 # ------------------------------------------------------------------------------- the layers
@@ -317,7 +329,7 @@ class ConvCaps(nn.Module):
                              f"{self.in_channels} and a grid of {dims} dimensions")
         pose = F.normalize(pose, dim=(-2, -1), eps=1e-4)
         pose, places = self.receptive_fields(pose)  # (I, P, P, N)
-        log_a, _ = self.receptive_fields(F.logsigmoid(logit))  # (I, N)
+        log_a = F.logsigmoid(self.receptive_fields(logit)[0])  # (I, N)
         index = torch.arange(logit.numel(), device=logit.device).view(logit.shape)
         fields = (self.receptive_fields(index)[0], logit.numel())  # for EM and dynamic routing
         votes = compute_votes(pose, self.weight)

@@ -438,9 +438,8 @@ def test_batch_of_one_or_none_equals_the_same_images_in_a_batch(name):
     poses, logits = net(images)
     torch.testing.assert_close(net(images[1:2]), (poses[1:2], logits[1:2]))
     torch.testing.assert_close(net(images[:0]), (poses[:0], logits[:0]))
-    if name != "connectionist":  # PyTorch's LSTM cell knows no vmap
-        one_by_one = torch.func.vmap(lambda image: net(image[None])[1][0])(images)
-        torch.testing.assert_close(one_by_one, logits)
+    one_by_one = torch.func.vmap(lambda image: net(image[None])[1][0])(images)
+    torch.testing.assert_close(one_by_one, logits)
     net.to(memory_format=torch.channels_last)
     torch.testing.assert_close(net(images), (poses, logits))
     assert net.bfloat16()(images.bfloat16())[1].isfinite().all()
