@@ -226,7 +226,7 @@ class ConnectionistRouting(Routing):
 
     h, s <- cell([mu_j, v_ij, a_i, c_ij], (h, s));  c <- softmax_i(phi(h));  at the end, Eq. 14,
     logit a_j = psi(sum_i c_i s_i). hidden_size: of the cell; phi, psi: hidden layers (Table 2).
-    The cell is written out: products that the iterations or the votes share are taken once.
+    The cell is written out, so that what votes or iterations share is computed once.
     """
 
     def __init__(self, out_channels, pose_size=4, iterations=3, hidden_size=16, phi=(), psi=()):
@@ -244,12 +244,12 @@ class ConnectionistRouting(Routing):
         of_a, of_c, bias = (x.view(-1, 1, 1, 1) for x in (of_a, of_c, cell.bias_ih + cell.bias_hh))
         if state is None:
             fixed = torch.einsum("gd,iodn->gion", of_vote, votes) + of_a * log_a.exp() + bias
-            recurrent = s = 0  # as h is
+            recurrent = s = 0  # h and s start as zeros
         else:
             fixed, h, s = state
             recurrent = torch.einsum("gh,hion->gion", cell.weight_hh, h)
-        mean = torch.einsum("gd,odn->gon", of_mu, mu).unsqueeze(1)
-        gates = fixed + mean + of_c * c + recurrent  # (4 hidden_size, I, O, N)
+        from_mu = torch.einsum("gd,odn->gon", of_mu, mu).unsqueeze(1)
+        gates = fixed + from_mu + of_c * c + recurrent  # (4 hidden_size, I, O, N)
         i, f, g, o = gates.chunk(4)  # (hidden_size, I, O, N) each
         s = f.sigmoid() * s + i.sigmoid() * g.tanh()
         h = o.sigmoid() * s.tanh()
