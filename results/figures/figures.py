@@ -164,7 +164,7 @@ def curves():
         label = folder.name.removeprefix("smallnorb-").replace("-", " ")
         plt.semilogy(epochs, errors, ".-", color=f"C{color}", label=label)
         plt.semilogy(epochs[-1], result["test_error"], "*", color=f"C{color}", markersize=10)
-    ticks = (0.2, 0.5, 1, 2, 5, 10, 20, 50)
+    ticks = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
     plt.gca().set(xlabel="epoch", ylabel="training error, at the end test error (star), %",
                   xticks=(1, *range(5, 46, 5)), yticks=ticks, yticklabels=ticks)
     plt.minorticks_off()
