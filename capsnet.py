@@ -242,7 +242,7 @@ class ConnectionistRouting(Routing):
         cell, entries = self.cell, mu.shape[1]
         of_mu, of_vote, of_a, of_c = cell.weight_ih.split((entries, entries, 1, 1), 1)
         of_a, of_c, bias = (x.view(-1, 1, 1, 1) for x in (of_a, of_c, cell.bias_ih + cell.bias_hh))
-        if state is None:
+        if state is None:  # fixed: what v and a add to the gates, the same in all iterations
             fixed = torch.einsum("gd,iodn->gion", of_vote, votes) + of_a * log_a.exp() + bias
             recurrent = s = 0  # h and s start as zeros
         else:
