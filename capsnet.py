@@ -58,7 +58,7 @@ Its training:
 """
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 import torch.nn.functional as F
@@ -290,8 +290,8 @@ class ConvCaps(nn.Module):
 
     pose (B, C, *grid, P, P), logit (B, C, *grid)
         -> pose (B, O, *out, P, P), logit (B, O, *out), compatibility (B, O, *out, I)
-    Images do not influence each other. ValueError if the routing has other out_channels, or pose
-    and logit do not have these shapes; RuntimeError if the grid is smaller than the kernel.
+    Images do not influence each other. ValueError if the routing has other out_channels, pose and
+    logit do not have these shapes, or the grid is smaller than the kernel.
 
         layer = ConvCaps(8, 16, kernel_size=3, stride=2, routing=SimilarityRouting(16))
         pose, logit, c = layer(torch.randn(2, 8, 14, 14, 4, 4), torch.randn(2, 8, 14, 14))
@@ -313,20 +313,22 @@ class ConvCaps(nn.Module):
 
     def receptive_fields(self, x):
         """(B, C, *grid, ...) -> (I, ..., N), and the shape that N unflattens to, (B, *out)."""
-        dims = len(self.kernel_size)
-        x = x.movedim(0, -1)  # (C, *grid, ..., B)
-        for n, (size, step) in enumerate(zip(self.kernel_size, self.stride, strict=True), 1):
-            x = x.unfold(n, size, step).transpose(n, -1)  # the kernel here, the positions last
-        # (C, *kernel, ..., B, *out)
-        return x.flatten(0, dims).flatten(-1 - dims), x.shape[-1 - dims:]
+        windows = [[slice(k, n - size + k + 1, step) for k in range(size)]
+                   for n, size, step in zip(x.shape[2:], self.kernel_size, self.stride)]
+        # Slices, not unfold: torch 2.13 compiles its backward wrongly for more than one thread.
+        x = torch.stack([x[:, :, *window] for window in product(*windows)], 2).flatten(1, 2)
+        dims = len(windows)  # (B, I, *out, ...)
+        return x.transpose(0, 1).flatten(1, 1 + dims).movedim(1, -1), x[:, 0].shape[:1 + dims]
 
     def forward(self, pose, logit):
         matrix, dims = self.weight.shape[-2:], len(self.kernel_size)
         if (pose.shape != logit.shape + matrix or logit.ndim != 2 + dims
-                or logit.shape[1] != self.in_channels):
+                or logit.shape[1] != self.in_channels
+                or any(n < k for n, k in zip(logit.shape[2:], self.kernel_size))):
             raise ValueError(f"pose {tuple(pose.shape)}, logit {tuple(logit.shape)}: expected (B, "
                              f"C, *grid, {', '.join(map(str, matrix))}), (B, C, *grid) with C = "
-                             f"{self.in_channels} and a grid of {dims} dimensions")
+                             f"{self.in_channels} and a grid of {dims} dimensions, no smaller than "
+                             f"the kernel {self.kernel_size}")
         pose = F.normalize(pose, dim=(-2, -1), eps=1e-4)
         pose, places = self.receptive_fields(pose)  # (I, P, P, N)
         log_a = F.logsigmoid(self.receptive_fields(logit)[0])  # (I, N)
