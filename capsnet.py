@@ -10,51 +10,39 @@ Glossary (EM paper: Hinton et al., ICLR 2018; dynamic paper: Sabour et al., Neur
 
     code              symbol      where    what it is
     pose, mu          M_i, mu_j            what a capsule says about its part: a P x P matrix
-    logit                                  of an activation: a = sigmoid(logit), "it is present"
-    log_a             log a_i              logsigmoid(logit): exact where a itself underflows
-    weight            W_ij        Eq. 1    takes the pose of input i to its vote for j
+    logit, log_a      a_i, a_j             of an activation: a = sigmoid(logit), log a exact
+    weight            W_ij        Eq. 1    takes the pose of input i to its vote for output j
     votes             v_ij        Eq. 1    what i predicts for the pose of j
-    compatibility, c  c_ij        Eq. 3    share of vote i in the pose of j: sums to 1 over i
-    similarity, k     k(mu, v)    Eq. 15   a mixture of Gaussians of the distance
-    lambda1, lambda2              Eq. 2    weights of the two penalties of the objective
-    theta1, 2, 3      theta_1..3  Eq. 13   of the activation
-    phi, psi           Alg. 2, Eq. 14      the two small networks of connectionist routing
+    c, compatibility  c_ij        Eq. 3    share of vote i in the pose of j: sums to 1 over i
+    k, similarity     k(mu, v)    Eq. 15   a mixture of Gaussians of the distance
 
 Axes, the same letters everywhere
 
     B images   C, O input and output channels   P side of a pose, D = P * P entries
-    I inputs of one receptive field: channel by channel, in each the cells of the kernel row by row
+    I inputs of one receptive field (the paper's N): channel by channel, in each cell by cell
     N receptive fields, one for each output position of each image
 
-Between layers poses are (B, C, *grid, P, P), activations (B, C, *grid). Inside a layer the inputs
-come first and the receptive fields last: Eq. 1 is then one batched product that copies no votes.
+Between layers poses are (B, C, *grid, P, P), logits (B, C, *grid). Inside a layer the inputs come
+first and the receptive fields last: Eq. 1 is then one batched product that copies no votes.
 
-Where this departs from the paper, or chooses what the paper leaves open. The network:
+What makes them capsules: turn all poses of a layer's inputs, M_i Q with an orthogonal Q, and the
+poses of its outputs turn alike, mu_j Q, while shares and activations stay. For similarity and
+dynamic routing that is exact; EM (a variance for each entry) and an LSTM can only learn it.
 
-    * Activations are logits throughout: log a is exact, and nothing takes the log of zero.
+Where this departs from the paper, or chooses what the paper leaves open (training: train.py)
+
     * Before it votes, every pose is divided by its Frobenius norm, as in the author's early
-      versions; his later ones do it with primary poses only. Without it, votes shrink by half in
-      every layer.
-    * No coordinates are added to poses. Those of the input capsule made errors on new toys larger
-      in short trials; the author's, of the output position and of the slot in the field, were not
-      tried. He has a ReLU on primary poses in some versions.
-    * lambda1, lambda2 and the kernel widths are learned as logarithms, so they stay positive (and
-      weight decay would pull them towards 1).
+      versions; his later ones do it with primary poses only. Else votes halve (P = 4) in every
+      layer. So a pose has a norm of at most 1: to regress, say, a rotation, learn a scale.
+    * No coordinates are added to poses: those of the input made errors on new toys larger in short
+      trials; the author's, of the output position and the slot in the field, were not tried.
+    * lambda1, lambda2 and the kernel widths are learned as logarithms, so they stay positive.
     * lambda1 and lambda2 start at 0.2, theta_1 at 20 (class capsules: 60). With the author's 12 and
       1, and a small theta_1, c stays uniform and all images get nearly the same class logits.
       theta_2 starts at 0, theta_3 at 1; primary activations near 1/2 (the author's near 0.7).
+      Class logits then start near 42, which a softmax does not mind.
     * Connectionist routing starts with larger weights: with PyTorch's, its class logits hardly
       differ between images.
-    * EM and dynamic routing are their papers' procedures inside this network: votes of Eq. 1,
-      cross-entropy, no reconstruction. EM has two iterations (its paper: three), an inverse
-      temperature of 0.03 (0.01) and 1e-5 added to variances; dynamic routing has votes times ten.
-
-Its training:
-
-    * Fewer epochs. Adam's rate is 1.2e-2 (EM: 6e-3, connectionist: 3e-3), rises for ten steps, then
-      falls linearly to zero (the paper: 3e-3, exponentially); see `CapsNet.parameter_groups`.
-    * The gradient is clipped to a norm of 1. Brightness and contrast vary by 0.2, on MNIST not (the
-      author: 2.0 and 0.5). MNIST is padded to 32x32 and cropped at random to 28x28.
 """
 
 import math
@@ -85,24 +73,19 @@ def update_pose(compatibility: Tensor, votes: Tensor) -> Tensor:
 class Routing(nn.Module):
     """Algorithm 1: alternate between compatibilities and poses, then decide on the activations.
 
+    votes (I, O, D, N), log_a (I, 1, N) -> pose (O, D, N), logit (O, N), c (I, O, N)
+
     A routing procedure is a subclass that defines `compatibility` and `activation`. `state`, S in
     the paper, is what one call of `compatibility` hands to the next, at first None. EM and dynamic
-    routing, whose first shares are over the parents and not 1 / I, replace `forward`. `CapsNet`
-    finds a procedure in ROUTINGS and constructs it as (out_channels, pose_size, **options).
+    routing replace `forward`: they need `fields`, see `log_softmax_over_parents`. `CapsNet` finds a
+    procedure in ROUTINGS and constructs it as (out_channels, pose_size, **options).
 
-    forward(votes (I, O, D, N), log_a (I, 1, N)) -> pose (O, D, N), logit (O, N), c (I, O, N)
-        log_a is finite. fields: for procedures whose output positions compete for their inputs,
-        see `log_softmax_over_parents`.
-
-        routing = SimilarityRouting(out_channels=16)
-        mu, logit, c = routing(torch.randn(72, 16, 16, 2), torch.zeros(72, 1, 2))
-        # (16, 16, 2), (16, 2), (72, 16, 2)
+        mu, logit, c = SimilarityRouting(16)(torch.randn(72, 16, 16, 2), torch.zeros(72, 1, 2))
+        assert torch.allclose(c.sum(0), torch.ones(16, 2))  # check that of your own, too
     """
 
-    def __init__(self, out_channels, iterations, at_least=1):
+    def __init__(self, out_channels, iterations):
         super().__init__()
-        if iterations < at_least:
-            raise ValueError(f"iterations={iterations}: expected {at_least} or more")
         self.out_channels, self.iterations = out_channels, iterations
 
     def forward(self, votes, log_a, fields=None):
@@ -128,9 +111,9 @@ class Routing(nn.Module):
 def routing_objective(similarity, compatibility, log_a, lambda1, lambda2) -> Tensor:
     """Eq. 2: J = -sum c k + lambda1 sum c log(c I) + lambda2 sum c log(c / a).
 
-    similarity, compatibility, log_a (I, ...) -> (...). Alternating minimisation is the routing:
-    over c by Eq. 11, over mu by Eq. 4, which is exact for k = -||mu - v||^2 (for Eq. 15, see
-    `mean_shift`).
+    similarity, compatibility, log_a (I, ...) -> (...). Routing alternates between the best c for
+    the poses, Eq. 11, and the best poses for c: Eq. 4, if k is -||mu - v||^2. With the k of Eq. 15
+    that is an approximation and may raise J, which `mean_shift` does not.
     """
     c, c_log_c = compatibility, torch.xlogy(compatibility, compatibility)  # 0 log 0 = 0
     penalty = lambda1 * (c_log_c + c * math.log(len(c))) + lambda2 * (c_log_c - c * log_a)
@@ -144,13 +127,8 @@ def update_compatibility(similarity: Tensor, log_a: Tensor, lambda1, lambda2) ->
     Softmax over the first axis, the *input* capsules: every output capsule spreads one unit of
     attention over its votes. (EM and dynamic routing share out an input over its parents instead.)
     """
-    total = lambda1 + lambda2
+    total = lambda1 + lambda2  # not as one fraction, which compiled scores 0.86 times as fast
     return (similarity / total + lambda2 / total * log_a).softmax(0)
-
-
-def squared_distance(mu: Tensor, votes: Tensor) -> Tensor:
-    """||mu - v_i||^2. (O, D, N), (I, O, D, N) -> (I, O, N)."""
-    return (votes - mu).square().sum(2)
 
 
 class SimilarityRouting(Routing):
@@ -158,18 +136,15 @@ class SimilarityRouting(Routing):
 
     num_kernels: Q of Eq. 15, shared by the channels; their widths start evenly in logarithm between
         the two of `widths`, a single one at the first.
-    lambda1, lambda2, theta1: initial values; each output channel learns its own. A lambda of zero
-        stays zero (under Adam with weight decay: becomes NaN). theta_1 must be large, since logits
-        need room and k lies in (0, 1].
+    lambda1, lambda2, theta1: initial values; each output channel learns its own. theta_1 must be
+        large: k lies in (0, 1]. A lambda of zero stays zero, but becomes NaN (its logarithm is
+        infinite) under weight decay or in an average of weights.
     iterations=0 is the mean vote, without routing.
     """
 
     def __init__(self, out_channels, pose_size=4, iterations=3, num_kernels=4, widths=(0.1, 1.0),
                  lambda1=0.2, lambda2=0.2, theta1=20.0):
-        super().__init__(out_channels, iterations, at_least=0)
-        if min(num_kernels, *widths, lambda1 + lambda2) <= 0 or min(lambda1, lambda2) < 0:
-            raise ValueError("num_kernels, widths, lambda1 + lambda2: expected more than 0, and "
-                             "neither lambda less")
+        super().__init__(out_channels, iterations)
         first, last = (math.log(width) for width in widths)
         lambdas, theta = torch.tensor([lambda1, lambda2]), torch.tensor([theta1, 0.0, 1.0])
         self.log_lambda = nn.Parameter(lambdas.log()[:, None].repeat(1, out_channels))
@@ -179,7 +154,7 @@ class SimilarityRouting(Routing):
 
     def similarity(self, mu, votes):
         """Eq. 15: k(mu, v_i) = sum_q w_q exp(-||mu - v_i||^2 / (2 sigma_q^2)), (I, O, N)."""
-        d2, exponents = squared_distance(mu, votes), -0.5 * (-2 * self.log_width).exp()
+        d2, exponents = (votes - mu).square().sum(2), -0.5 * (-2 * self.log_width).exp()
         weights = self.kernel_logit.softmax(0)
         return sum(w * (e * d2).exp() for w, e in zip(weights, exponents))
 
@@ -194,19 +169,6 @@ class SimilarityRouting(Routing):
         theta1, theta2, theta3 = self.theta.unsqueeze(-1)  # (O, 1) each
         agreement, evidence = (c * self.similarity(mu, votes)).sum(0), (c * log_a).sum(0)
         return theta1 * agreement + theta2 + theta3.abs() * evidence
-
-
-def mean_shift(routing: SimilarityRouting, mu, votes, compatibility) -> Tensor:
-    """mu <- sum c_i g_i v_i / sum c_i g_i, with g_i = -dk/d(||mu - v_i||^2), for Eq. 15.
-
-    In place of Eq. 4, though no network here uses it: it never raises `routing_objective`, as Eq. 4
-    may, since k is convex in the squared distance (minorise-maximise). In logarithms: the ratio
-    stays exact where all g_i underflow. Its gradient needs c > 0.
-    """
-    d2 = squared_distance(mu, votes).unsqueeze(-1)  # (I, O, N, Q)
-    log_precision = -2 * routing.log_width
-    log_g = (routing.kernel_logit + log_precision - 0.5 * d2 * log_precision.exp()).logsumexp(-1)
-    return update_pose((compatibility.log() + log_g).softmax(0), votes)  # g up to a factor
 
 
 # --------------------------------------------------------------- Section 4.2: connectionist
@@ -224,16 +186,23 @@ def mlp(*sizes: int) -> nn.Sequential:
 class ConnectionistRouting(Routing):
     """Section 4.2, Algorithm 2: one LSTM cell reads all votes, iteration after iteration.
 
-    h, s <- cell([mu_j, v_ij, a_i, c_ij], (h, s));  c <- softmax_i(phi(h));  at the end, Eq. 14,
-    logit a_j = psi(sum_i c_i s_i). hidden_size: of the cell; phi, psi: hidden layers (Table 2).
-    The cell is written out, so that what votes or iterations share is computed once.
+    For each vote, in each iteration, and at the end Eq. 14:
+
+        x = [mu_j, v_ij, a_i, c_ij]
+        h, s = cell(x, (h, s))
+        c = softmax_i(phi(h))
+        logit = psi(sum_i c_ij s_ij)
+
+    The cell is written out below, so that the product of its weights and v_ij, which is the same in
+    each iteration, is taken once, and that of mu_j once for all i.
+    hidden_size: of the cell; phi, psi: their hidden layers (Table 2).
     """
 
     def __init__(self, out_channels, pose_size=4, iterations=3, hidden_size=16, phi=(), psi=()):
         super().__init__(out_channels, iterations)
         entries = pose_size**2
         self.cell = nn.LSTMCell(2 * entries + 2, hidden_size)
-        with torch.no_grad():  # PyTorch's assume entries near 1; these are near 1/8
+        with torch.no_grad():  # PyTorch's assume entries near 1; those of votes are near 1/8
             self.cell.weight_ih[:, : 2 * entries] *= math.sqrt(entries)
         self.phi = mlp(hidden_size, *phi, 1)
         self.psi = mlp(hidden_size, *psi, 1)
@@ -265,9 +234,9 @@ class ConnectionistRouting(Routing):
 
 
 class PrimaryCaps(nn.Module):
-    """Features to capsules: (B, features, *grid) -> pose (B, C, *grid, P, P), logit (B, C, *grid).
+    """Two convolutions with a kernel of 1, in spatial_dims dimensions.
 
-    Two convolutions with a kernel of 1, in spatial_dims dimensions.
+    (B, features, *grid) -> pose (B, C, *grid, P, P), logit (B, C, *grid)
     """
 
     def __init__(self, in_channels, out_channels, pose_size=4, spatial_dims=2):
@@ -290,8 +259,6 @@ class ConvCaps(nn.Module):
 
     pose (B, C, *grid, P, P), logit (B, C, *grid)
         -> pose (B, O, *out, P, P), logit (B, O, *out), compatibility (B, O, *out, I)
-    Images do not influence each other. ValueError if the routing has other out_channels, pose and
-    logit do not have these shapes, or the grid is smaller than the kernel.
 
         layer = ConvCaps(8, 16, kernel_size=3, stride=2, routing=SimilarityRouting(16))
         pose, logit, c = layer(torch.randn(2, 8, 14, 14, 4, 4), torch.randn(2, 8, 14, 14))
@@ -301,10 +268,8 @@ class ConvCaps(nn.Module):
     def __init__(self, in_channels, out_channels, kernel_size, routing, stride=1, pose_size=4,
                  spatial_dims=2):
         super().__init__()
-        if routing.out_channels != out_channels:
-            raise ValueError(f"routing: made for {routing.out_channels} output channels, expected "
-                             f"{out_channels}")
-        self.in_channels, self.routing = in_channels, routing
+        assert routing.out_channels == out_channels, "routing: made for other out_channels"
+        self.routing = routing
         self.kernel_size, self.stride = (
             (n,) * spatial_dims if isinstance(n, int) else tuple(n) for n in (kernel_size, stride))
         inputs = in_channels * math.prod(self.kernel_size)
@@ -322,13 +287,10 @@ class ConvCaps(nn.Module):
 
     def forward(self, pose, logit):
         matrix, dims = self.weight.shape[-2:], len(self.kernel_size)
-        if (pose.shape != logit.shape + matrix or logit.ndim != 2 + dims
-                or logit.shape[1] != self.in_channels
-                or any(n < k for n, k in zip(logit.shape[2:], self.kernel_size))):
-            raise ValueError(f"pose {tuple(pose.shape)}, logit {tuple(logit.shape)}: expected (B, "
-                             f"C, *grid, {', '.join(map(str, matrix))}), (B, C, *grid) with C = "
-                             f"{self.in_channels} and a grid of {dims} dimensions, no smaller than "
-                             f"the kernel {self.kernel_size}")
+        assert pose.shape == logit.shape + matrix and logit.ndim == 2 + dims, (
+            f"pose {tuple(pose.shape)}, logit {tuple(logit.shape)}: expected (B, C, *grid, P, P), "
+            f"(B, C, *grid) with {dims} dimensions, P = {matrix[0]}")
+        assert all(n >= k for n, k in zip(logit.shape[2:], self.kernel_size)), "kernel over grid"
         pose = F.normalize(pose, dim=(-2, -1), eps=1e-4)
         pose, places = self.receptive_fields(pose)  # (I, P, P, N)
         log_a = F.logsigmoid(self.receptive_fields(logit)[0])  # (I, N)
@@ -337,6 +299,8 @@ class ConvCaps(nn.Module):
         votes = compute_votes(pose, self.weight)
         votes = votes.to(self.weight.dtype)  # routing needs more bits than autocast's bfloat16 has
         routed = self.routing(votes, log_a.to(votes.dtype).unsqueeze(1), fields)
+        shapes = [votes[0].shape, votes[0, :, 0].shape, votes[:, :, 0].shape]
+        assert [x.shape for x in routed] == shapes, f"mu, logit, c of routing: expected {shapes}"
         mu, logit, c = (x.unflatten(-1, places).movedim(-1 - dims, 0) for x in routed)
         # (B, O, D, *out), (B, O, *out), (B, I, O, *out)
         return mu.movedim(2, -1).unflatten(-1, matrix), logit, c.movedim(1, -1)
@@ -353,35 +317,24 @@ ROUTINGS = {  # with Table 2: what is not the procedure's default in caps1, caps
 class CapsNet(nn.Module):
     """Table 1: a convolution, primary capsules, two convolutional capsule layers, class capsules.
 
-    image_shape: (channels, *spatial), one to three spatial dimensions of 17 or more each: of grey
-        images (1, height, width); (height, width) would be rows with `height` channels.
+    image_shape: (channels, *spatial), one to three spatial dimensions of 17 or more each; of grey
+        images (1, height, width).
     pose_size: P, 2 or more: of a single entry the norm would leave only the sign.
     routing: one of ROUTINGS; routing_options go to the routing of all three layers: iterations=2.
     channels: of the convolution and of the three capsule layers below the classes.
 
-    forward(images (B, *image_shape)) -> poses (B, num_classes, P, P), logits (B, num_classes)
-    For float16 or bfloat16 use autocast: .half() can give NaN, .bfloat16() is less exact.
-    torch.export takes the network, torch.jit.script does not.
-    ValueError if image_shape is too small for the kernels, routing is not one of ROUTINGS, channels
-    are not four, one of them or num_classes is below 1, or the images have another shape.
+    images (B, *image_shape) -> poses (B, num_classes, P, P), logits (B, num_classes)
+    For float16 or bfloat16 use autocast: .half() can give NaN.
     """
 
     def __init__(self, image_shape, num_classes, routing="similarity", channels=(64, 8, 16, 16),
                  pose_size=4, **routing_options):
         super().__init__()
-        self.image_shape = tuple(image_shape)
-        in_channels, *grid = self.image_shape
+        self.image_shape = in_channels, *grid = tuple(image_shape)
         dims = len(grid)
         for kernel, stride in ((5, 2), (3, 2), (3, 1)):
             grid = [(n - kernel) // stride + 1 for n in grid]
-        if dims not in (1, 2, 3) or min(grid) < 1:
-            raise ValueError(f"image_shape {self.image_shape}: expected (channels, *spatial), one "
-                             "to three spatial dimensions of 17 or more")
-        if routing not in ROUTINGS:
-            raise ValueError(f"routing {routing!r}: expected one of {', '.join(ROUTINGS)}")
-        if len(channels) != 4 or min(*channels, num_classes) < 1:
-            raise ValueError(f"channels {channels}, num_classes {num_classes}: expected four "
-                             "numbers, and one, of 1 or more")
+        assert min(grid) >= 1, f"image_shape {image_shape}: expected (channels, 17 or more, ...)"
         procedure, *sizes = ROUTINGS[routing]
         features, primary, hidden1, hidden2 = channels
         conv, batch_norm = getattr(nn, f"Conv{dims}d"), getattr(nn, f"BatchNorm{dims}d")
@@ -398,8 +351,8 @@ class CapsNet(nn.Module):
         self.class_caps = caps(hidden2, num_classes, sizes[2], kernel_size=grid)  # all of it
 
     def forward(self, images):
-        if images.shape[1:] != self.image_shape:
-            raise ValueError(f"images of {tuple(images.shape)}, expected (B, *{self.image_shape})")
+        assert images.shape[1:] == self.image_shape, (
+            f"images of {tuple(images.shape)}, expected (B, *{self.image_shape})")
         pose, logit = self.primary(self.conv(images))
         for layer in (self.caps1, self.caps2, self.class_caps):
             pose, logit, _ = layer(pose, logit)
@@ -407,13 +360,11 @@ class CapsNet(nn.Module):
 
     def parameter_groups(self, lr):
         """For an optimizer: routing's own parameters, which have further to go than W, learn at
-        five times the rate; not its kernels, which at that rate soon die (no k differs from the
-        others, and hardly a gradient brings it back)."""
-        kernels = ("kernel_logit", "log_width")
-        own = {p for name, p in self.named_parameters()
-               if ".routing." in name and not name.endswith(kernels)}
-        return [{"params": [p for p in self.parameters() if p not in own], "lr": lr},
-                {"params": [p for p in self.parameters() if p in own], "lr": 5 * lr}]
+        five times the rate; not its kernels, which at that rate soon are far narrower or wider than
+        all distances, where k is the same for all votes and its gradient next to nothing."""
+        own = lambda name: ".routing." in name and not name.endswith(("kernel_logit", "log_width"))
+        return [{"params": [p for name, p in self.named_parameters() if own(name) == fast],
+                 "lr": 5 * lr if fast else lr} for fast in (False, True)]
 
 
 # ---------------------------------------------------- the procedures that the paper compares with
@@ -442,7 +393,7 @@ class EMRouting(Routing):
     r_ij = R_ij a_i is the weight of vote i in cluster j, and c = r / sum_i r, so that the mean of
     the M-step is Eq. 4. R is normalised over all parents of an input; at first they are equal.
     The activation's lambda is inverse_temperature * (1 - 0.95^(t+1)) in iteration t = 0, 1, ...
-    In short trials 3 iterations fitted smallNORB far worse, 0.01 instead of 0.03 somewhat.
+    Its paper has 3 iterations and 0.01, which in short trials fitted smallNORB worse.
     """
 
     def __init__(self, out_channels, pose_size=4, iterations=2, inverse_temperature=0.03):
@@ -475,8 +426,9 @@ class DynamicRouting(Routing):
 
     The pose is squash(s_j), s_j = sum_i c_ij v_ij, and its length is the activation: so the votes
     of an input are multiplied by a_i. c sums to 1 over the parents.
-    gain: multiplies them too. Eq. 1 halves their length, and squash all but squares what is short:
-        without a gain, poses of an untrained network are 0.02 long in caps1, 0.0005 in caps2.
+    gain: a further factor of the votes, not in the paper. Those of Eq. 1 are short, and what is
+        short squash makes shorter, ||s_j||^2 long or nearly: without a gain, poses of an untrained
+        network are 0.02 long in caps1, 0.0005 in caps2.
     """
 
     def __init__(self, out_channels, pose_size=4, iterations=3, gain=10.0):
@@ -497,3 +449,19 @@ class DynamicRouting(Routing):
 
 
 ROUTINGS |= {"em": (EMRouting, {}, {}, {}), "dynamic": (DynamicRouting, {}, {}, {})}
+
+
+# ------------------------------------------------------------------------------ beyond the paper
+
+
+def mean_shift(routing: SimilarityRouting, mu, votes, compatibility) -> Tensor:
+    """mu <- sum c_i g_i v_i / sum c_i g_i, with g_i = -dk/d(||mu - v_i||^2), for Eq. 15.
+
+    In place of Eq. 4, though no network here uses it. It lowers `routing_objective` or leaves it,
+    since k is convex in the squared distance (minorise-maximise). In logarithms, so that the ratio
+    is exact where all g_i underflow. Its gradient needs c > 0.
+    """
+    d2 = (votes - mu).square().sum(2).unsqueeze(-1)  # (I, O, N, Q)
+    log_precision = -2 * routing.log_width
+    log_g = (routing.kernel_logit + log_precision - 0.5 * d2 * log_precision.exp()).logsumexp(-1)
+    return update_pose((compatibility.log() + log_g).softmax(0), votes)  # g up to a factor

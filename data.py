@@ -9,8 +9,10 @@ invariance to pose and lighting", CVPR 2004; for research use only. MNIST: LeCun
 """
 
 import gzip
+import io
 import math
 import os
+import socket
 import sys
 import zlib
 from itertools import product
@@ -23,7 +25,7 @@ import torch.nn.functional as F
 
 
 class DataError(Exception):
-    """No data set, or a file not written; the text is one line: which file or argument, and why."""
+    """No such data, or a bad file; the text is one line: which file or argument, and why."""
 
 
 class Spec(NamedTuple):
@@ -57,56 +59,45 @@ def load(name, data_dir="datasets", cameras=1):
 
     Toys are rendered. The official files are used where they are, raw or .gz, and downloaded where
     they are not. The result is cached there, and from then on the cache is used, even alone.
-    cameras: 1 or, for smallnorb, 2; they become the channels. Raises DataError.
+    cameras: 1 or, for smallnorb, 2; they become the channels. Raises DataError, OSError.
     """
-    if name not in SPECS or cameras not in range(1, SPECS[name].cameras + 1):
-        raise DataError(f"data set {name!r} with {cameras} cameras: expected one of "
-                        f"{', '.join(SPECS)}; cameras 2 with smallnorb only")
+    if cameras > SPECS[name].cameras:
+        raise DataError(f"{name} has {SPECS[name].cameras} camera, not {cameras}")
     folder = Path(data_dir) / name
     cache = folder / f"cache-{cameras}.pt"
-    try:
-        cached = torch.load(cache, weights_only=True)
-        splits = Dataset(*cached["train"]), Dataset(*cached["test"])
-        _note(f"data: {cache}; delete it to have it made anew")
-        return splits
-    except FileNotFoundError:
-        pass
-    except Exception as error:  # a damaged or hostile file can raise anything
-        _note(f"warning: {cache}: not a usable cache ({type(error).__name__}), made anew")
-
+    if cache.exists():
+        print(f"data: {cache}; delete it to have it made anew", file=sys.stderr)
+        try:
+            cached = torch.load(cache, weights_only=True)
+            return Dataset(*cached["train"]), Dataset(*cached["test"])
+        except Exception as error:  # a damaged or hostile file can raise anything
+            raise DataError(f"{cache}: not a usable cache ({type(error).__name__}), delete it")
+    folder.mkdir(parents=True, exist_ok=True)
     if name == "toys":
-        _note("rendering toys")
+        print("rendering toys", file=sys.stderr)
         splits = render_toys(range(10)), render_toys(range(10, 20))
     else:
         arrays, half = [_read(folder, *file) for file in FILES[name]], len(FILES[name]) // 2
         splits = tuple(_dataset(name, cameras, *part) for part in (arrays[:half], arrays[half:]))
     try:
-        write(cache, {"train": tuple(splits[0]), "test": tuple(splits[1])})
-    except DataError as error:
-        _note(f"warning: {error}")
+        save(cache, {"train": tuple(splits[0]), "test": tuple(splits[1])})
+    except OSError as error:
+        print(f"warning: no cache: {error}", file=sys.stderr)
     return splits
 
 
-def _note(text):
-    print(text, file=sys.stderr, flush=True)
-
-
-def write(path, content):
-    """Text, or anything for torch.save: whole at once, or on failure nothing."""
+def save(path, content):
+    """torch.save, whole at once: what `path` held before stays until the new file is on disk."""
+    torch.save(content, buffer := io.BytesIO())  # to a full disk it would raise a RuntimeError
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, str):
-            aside.write_text(content)
-        else:
-            torch.save(content, aside)
+        with open(aside, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise DataError(f"{path}: cannot be written, for want of space or permission "
-                        f"({' '.join(str(error).split())})") from error
     finally:
-        if aside.exists():
-            aside.unlink()
+        aside.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------- the official files
@@ -133,34 +124,41 @@ MIRRORS = {
     "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/",
               "https://storage.googleapis.com/cvdf-datasets/mnist/"),
 }
+PATIENCE = 30  # seconds without a byte
 
 
-def _download(folder, name, sha256):
-    """The path of name.gz in `folder`, from the first mirror that has it right."""
-    path, reasons = folder / (name + ".gz"), []
-    for mirror in MIRRORS[folder.name]:
-        _note(f"downloading {mirror}{path.name}")
+def _download(path, sha256):
+    """From the first mirror that has it right."""
+    reasons, timeout = [], socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)  # or a server that stalls is waited for, for ever
+    for mirror in MIRRORS[path.parent.name]:
+        print(f"downloading {mirror}{path.name}", file=sys.stderr)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(mirror + path.name, str(path), sha256)
-            return path
+            break
         except Exception as error:  # of the network or the disk, or a wrong hash: cut off, say
             reasons.append(f"{mirror}: {' '.join(str(error).split())}")
-    raise DataError(f"{path}: download failed ({'; '.join(reasons)}); put it there by other means")
+    socket.setdefaulttimeout(timeout)
+    if not path.exists():
+        names = ", ".join(name for name, *_ in FILES[path.parent.name])
+        raise DataError(f"{path}: download failed ({'; '.join(reasons)}); put there yourself, raw "
+                        f"or .gz: {names}")
 
 
 def _read(folder, name, header, dtype, shape, sha256):
-    """The array of a published file, raw or .gz."""
-    found = [path for path in (folder / name, folder / (name + ".gz")) if path.is_file()]
-    path = found[0] if found else _download(folder, name, sha256)
+    """The array of a published file, raw, .gz or as 7-Zip names it; downloaded if it is absent."""
+    names = name, name + ".gz", name.replace("-idx", ".idx")
+    found = [folder / name for name in names if (folder / name).is_file()]
+    path = found[0] if found else folder / names[1]
+    if not found:
+        _download(path, sha256)
     try:
         content = path.read_bytes()
         if content[:2] == b"\x1f\x8b":  # not by its name: browsers may unpack a .gz
             content = gzip.decompress(content)
-        array = np.frombuffer(content, dtype, offset=header).reshape(shape)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+        return np.frombuffer(content, dtype, offset=header).reshape(shape)
+    except (EOFError, ValueError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: not as published ({error}); replace or remove it") from error
-    return array
 
 
 def _dataset(name, cameras, pixels, labels, info=None):

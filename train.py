@@ -6,16 +6,29 @@ metrics.csv, a line per epoch; and in the end weights.pt, which `--eval` scores,
 Protocol: settings are chosen with `--validate INSTANCE`, on training toys held out whole; the
 exceptions are in results/README.md (the number of epochs, and what the demo's toys look like).
 Without it all training images are used, and the test set is looked at once, at the end.
+
+Where training departs from the paper:
+
+    * Fewer epochs. Adam's rate is 1.2e-2 (EM: 6e-3, connectionist: 3e-3), rises for ten steps, then
+      falls linearly to zero (the paper: 3e-3, exponentially); see `CapsNet.parameter_groups`.
+    * The gradient is clipped to a norm of 1. Brightness and contrast vary by 0.2, on MNIST not (the
+      author: 2.0 and 0.5). MNIST is padded to 32x32 and cropped at random to 28x28.
 """
 
 import argparse
+import copy
 import json
+import os
 import shlex
 import signal
 import sys
 import time
-from itertools import count
+from contextlib import suppress
 from pathlib import Path
+
+if "OMP_WAIT_POLICY" not in os.environ:  # before torch: Linux's threads (GNU OpenMP) wait by
+    # spinning, which takes the core from another program for so long that two runs at once stand.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 import torch.nn.functional as F
@@ -28,136 +41,94 @@ EPOCHS = {"toys": 2, "mnist": 4, "smallnorb": 45}
 LR = {"similarity": 1.2e-2, "connectionist": 3e-3, "em": 6e-3, "dynamic": 1.2e-2}
 WARMUP, CLIP = 10, 1.0  # steps; norm of the gradient
 EVAL_BATCH, SHOW_SECONDS = 32, 10  # images; between two lines of progress, and two saves
-LOCAL = ("data_dir", "device", "compile")  # settings of the machine, not of the run
-
-
-def fail(message):
-    """A user's mistake, or the machine's: one line, no traceback."""
-    sys.exit(f"train.py: {message}")
-
-
-# ---------------------------------------------------------------------- options and checkpoints
+LOCAL = ("device", "compile", "data_dir", "out", "resume", "eval")  # of this call, not of the run
 
 
 def assignment(text):
     name, _, value = text.partition("=")
-    return name, json.loads(value)
+    with suppress(json.JSONDecodeError):
+        return name, json.loads(value)
+    raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=JSON, such as lambda1=0.5")
 
 
 def parse(argv=None):
-    """-> (settings, the checkpoint that they continue or score, or None)."""
+    """-> settings, the checkpoint that they continue or score (or None)."""
     parser = argparse.ArgumentParser(description="Train a capsule network with learned routing.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      allow_abbrev=False)
-    add, default = parser.add_argument, " (default: %(default)s)"
-    add("--dataset", choices=data.SPECS, default="toys", help="toys need no download" + default)
-    add("--cameras", type=int, choices=(1, 2), default=1,
-        help="2 of smallnorb only: as channels" + default)
-    add("--routing", choices=ROUTINGS, default="similarity", help="the routing procedure" + default)
+    add = parser.add_argument
+    add("--dataset", choices=data.SPECS, default="toys", help="toys need no download")
+    add("--cameras", type=int, choices=(1, 2), default=1, help="2 of smallnorb only: as channels")
+    add("--routing", choices=ROUTINGS, default="similarity", help="the routing procedure")
     add("--iterations", type=int, help="if not the routing's own; 0 is the mean vote")
-    add("--option", type=assignment, metavar="NAME=VALUE", action="append", default=[],
-        help="for the routing's constructor, such as lambda1=1; may be repeated")
+    add("--option", type=assignment, metavar="NAME=VALUE", nargs="+", default=[],
+        help="for the routing's constructor, such as lambda1=1 num_kernels=2")
     add("--epochs", type=int, help=f"if not {EPOCHS}")
-    add("--batch-size", type=int, default=16, help="images per step" + default)
+    add("--batch-size", type=int, default=16, help="images per step")
     add("--lr", type=float, help=f"Adam's highest learning rate, if not {LR}")
     add("--validate", type=int, metavar="INSTANCE",
         help="hold out this training instance of every class, and leave the test set alone")
-    add("--crops", type=int, default=1, help="score N x N crops, 1: the central one" + default)
-    add("--seed", type=int, default=0, help="of weights, order and augmentation" + default)
+    add("--crops", type=int, default=1, help="score N x N crops, 1: the central one")
+    add("--seed", type=int, default=0, help="of weights, order and augmentation")
     add("--compile", action=argparse.BooleanOptionalAction, default=True,
-        help="faster, after a minute; goes without where it cannot" + default)
-    add("--device", help="to run on" + default,
-        default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--data-dir", default="datasets", help="where the data sets are, or will be put" + default)
+        help="faster, after a minute; goes without where it cannot")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to run on")
+    add("--data-dir", type=os.path.abspath, default="datasets", help="of the data sets")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--out", type=Path, help="folder for the run, if not a new one in runs/")
-    add("--resume", type=Path, metavar="CHECKPOINT", help="continue this run; --epochs, "
-        "--device, --compile, --data-dir may be given again")
+    add("--out", type=Path, help="new folder for the run, if not one in runs/")
+    add("--resume", type=Path, metavar="CHECKPOINT", help="continue this run")
     add("--eval", type=Path, metavar="WEIGHTS", help="score these weights again")
     args, checkpoint = parser.parse_args(argv), None
-    if args.resume or args.eval:
-        checkpoint = load_checkpoint(args)
-        run = checkpoint["settings"]
-        saved = run | (checkpoint["local"] if args.resume else {})
-        args = parser.parse_args(argv, argparse.Namespace(**saved | {"option": []}))
-        args.option = args.option or saved["option"]  # argparse would append to the saved ones
-        for name in run if args.resume else ():
-            if vars(args)[name] != run[name] and name != "epochs":
-                fail(f"--{name.replace('_', '-')} {vars(args)[name]}: {args.resume} was started "
-                     f"with {run[name]}")
+    if path := args.resume or args.eval:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            settings = checkpoint["settings"]
+            settings["dataset"], checkpoint["optimizer" if args.resume else "model"]
+        except Exception as error:  # the unpickler may raise anything on a damaged or foreign file
+            kind = "checkpoint.pt" if args.resume else "weights.pt"
+            raise data.DataError(f"{path}: expected {kind} of a run ({type(error).__name__})")
+        args = parser.parse_args(argv, argparse.Namespace(**settings))  # but what is given again
     args.epochs = EPOCHS[args.dataset] if args.epochs is None else args.epochs
     args.lr = LR.get(args.routing, 3e-3) if args.lr is None else args.lr
-    for name, low in dict(batch_size=1, crops=1, epochs=0, lr=0).items():
-        if not low <= vars(args)[name] < float("inf"):  # nan included
-            fail(f"--{name.replace('_', '-')} {vars(args)[name]}: expected {low} or more")
     return args, checkpoint
 
 
-def load_checkpoint(args):
-    path, kind = args.resume or args.eval, "checkpoint.pt" if args.resume else "weights.pt"
+class OneByOne(ConvCaps):
+    """For CPUs, in whose cache the votes of one image stay, and those of a batch do not."""
+
+    def __call__(self, pose, logit):
+        call, images = super().__call__, zip(pose.split(1), logit.split(1))
+        return [torch.cat(parts) for parts in zip(*(call(*image) for image in images))]
+
+
+def compiled(net, images, train):
+    """A compiled copy of the network; where that fails, the network itself."""
+    fast = copy.deepcopy(net)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        data.SPECS[checkpoint["settings"]["dataset"]], checkpoint["model"]  # a KeyError, if absent
-        checkpoint["local" if args.resume else "model"]  # weights have the settings, but not these
-        return checkpoint
-    except Exception as error:  # the unpickler may raise anything on a damaged or foreign file
-        fail(f"{path}: expected {kind} of a run of this program ({type(error).__name__})")
-
-
-# ------------------------------------------------------------------- the network and its errors
-
-
-def make(args, checkpoint, build):
-    """The network on its device: of the seed, or as in the checkpoint."""
-    spec, options = data.SPECS[args.dataset], dict(args.option)
-    if args.iterations is not None:
-        options["iterations"] = args.iterations
-    shape = args.cameras, spec.crop, spec.crop
-    try:
-        torch.manual_seed(args.seed)
-        net = build(shape, len(spec.classes), args.routing, **options)
+        if images.is_cuda:
+            fast.compile(mode="reduce-overhead")  # as CUDA graphs, or launching takes the time
+        else:  # not class_caps, which has 2 % of the votes
+            for layer in [m for m in fast.modules() if isinstance(m, ConvCaps)][:-1]:
+                layer.compile(dynamic=False, isolate_recompiles=True)
+                layer.__class__ = OneByOne
+        # Compilers start at the first use, and may fail there: use all that will be used.
         with torch.no_grad():
-            net.eval()(torch.zeros(1, *shape))  # some options are wrong only there
-        if checkpoint:
-            net.load_state_dict(checkpoint["model"])
-        return net.train().to(args.device)
-    except Exception as error:  # whatever a constructor, a state_dict or a device may object to
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        fail(f"{args.resume or args.eval or 'no such network'}: {reason} (--dataset {args.dataset} "
-             f"--routing {args.routing} --iterations {args.iterations} --option {args.option} "
-             f"--device {args.device})")
-
-
-def one_by_one(run):
-    """run, a ConvCaps' forward, for a batch: one image after another."""
-    return lambda pose, logit: [torch.cat(parts) for parts in
-                                zip(*map(run, pose.split(1), logit.split(1)))]
-
-
-def speed_up(net, args):
-    """Compile; args.compile says afterwards whether that worked. On a CPU, where the votes of one
-    image stay in the cache and those of a batch do not, take one image after another."""
-    torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions do anyway
-    try:
-        if args.compile:
-            torch.compile(lambda x: x + 1)(torch.zeros(8, device=args.device))
+            fast.forward(images)
+        if train:
+            fast(images)[1].sum().backward()
     except Exception as error:  # whatever a compiler can do wrong: PyTorch would print thousands
-        args.compile = False
         reason = next(filter(str.strip, str(error).splitlines()), type(error).__name__)
         print(f"running uncompiled, which is slower: {reason}", flush=True)
-    if torch.device(args.device).type == "cuda" and args.compile:
-        net.compile(mode="reduce-overhead")  # as CUDA graphs, or launching takes the time
-    elif torch.device(args.device).type == "cpu":
-        for layer in [m for m in net.modules() if isinstance(m, ConvCaps)][:-1]:
-            run = torch.compile(layer.forward, dynamic=False) if args.compile else layer.forward
-            layer.forward = one_by_one(run)  # not of class_caps, which has 2 % of the votes
+        return net
+    fast.load_state_dict(net.state_dict())  # batch normalisation's averages have moved
+    return fast
 
 
 @torch.no_grad()
 def evaluate(net, dataset, args):
     """-> percent of errors, counts (true class, predicted class); of one crop or several."""
-    spec = data.SPECS[args.dataset]
-    n = len(spec.classes)
-    confusion = torch.zeros(n * n, dtype=torch.int64, device=args.device)
+    spec, n = data.SPECS[args.dataset], len(data.SPECS[args.dataset].classes)
+    confusion, shown = torch.zeros(n, n, dtype=torch.int64), time.monotonic()
     net.eval()
     for images, labels in zip(dataset.images.split(EVAL_BATCH), dataset.labels.split(EVAL_BATCH)):
         crops = data.crops(data.standardise(images), spec.crop, args.crops)
@@ -165,9 +136,11 @@ def evaluate(net, dataset, args):
         logits = torch.stack([net.forward(crop)[1] for crop in crops])
         # The mean of the crops' probabilities, as a logarithm: rounding makes no ties there.
         predicted = logits.log_softmax(2).logsumexp(0).argmax(1)
-        confusion += torch.bincount(labels * n + predicted, minlength=n * n)
+        confusion += torch.bincount(labels * n + predicted, minlength=n * n).view(n, n).cpu()
+        if time.monotonic() > shown + SHOW_SECONDS:
+            shown = time.monotonic()
+            print(f"scored {confusion.sum()} of {len(dataset.labels)} images", flush=True)
     net.train()
-    confusion = confusion.view(n, n).cpu()
     return 100 - 100 * confusion.trace().item() / len(dataset.labels), confusion
 
 
@@ -179,130 +152,130 @@ def show(name, error, confusion, classes):
         print(label.ljust(16) + "".join(str(cell).rjust(width) for cell in row))
 
 
-# -------------------------------------------------------------------------------- the whole run
-
-
 def main(argv=None, build=CapsNet):
     """build: the network's class; of another one than CapsNet, see results/plain_cnn.py."""
     args, checkpoint = parse(argv)
-    spec, device, size = data.SPECS[args.dataset], args.device, args.batch_size
-    net = make(args, checkpoint, build)  # first: what is wrong shows before a download
+    spec, device, options = data.SPECS[args.dataset], args.device, dict(args.option)
+    if args.iterations is not None:
+        options["iterations"] = args.iterations
+    shape = args.cameras, spec.crop, spec.crop
+    torch.manual_seed(args.seed % 2**63)
+    net = build(shape, len(spec.classes), args.routing, **options).to(device)
+    if checkpoint:
+        net.load_state_dict(checkpoint["model"])
     splits = data.load(args.dataset, args.data_dir, args.cameras)
     if args.validate is not None:
         splits = data.hold_out(splits[0], args.validate)
     name = "test" if args.validate is None else "validation"
     fit, held_out = (data.Dataset(*(part.to(device) for part in split)) for split in splits)
-    speed_up(net, args)
+    size = min(args.batch_size, len(fit.labels))
+    torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions do anyway
+    if args.compile:
+        print("compiling, for up to a minute", flush=True)
+        net = compiled(net, torch.zeros(size, *shape, device=device), train=not args.eval)
     if args.eval:
         return show(name, *evaluate(net, held_out, args), spec.classes)
 
     optimizer = torch.optim.Adam(net.parameter_groups(args.lr))
     highest = [group["lr"] for group in optimizer.param_groups]
-    step, rows, seconds = 0, [], 0.0
+    per_epoch = len(fit.labels) // size  # a last batch that is not full is left out
+    steps, step, start = args.epochs * per_epoch, 0, time.monotonic()
     sums = torch.zeros(2, device=device)  # over the steps of this epoch: loss, percent of errors
     if args.resume:
-        out = args.resume.parent
+        out, step, images = args.resume.parent, checkpoint["step"], checkpoint["images"]
+        assert images == len(fit.labels), f"{args.resume} had {images} training images, not these"
+        assert step <= steps, f"{args.resume} has {step / per_epoch:.4g} epochs behind it"
         optimizer.load_state_dict(checkpoint["optimizer"])
-        step, rows, seconds = (checkpoint[key] for key in ("step", "rows", "seconds"))
         sums.copy_(checkpoint["sums"])
+        start -= checkpoint["seconds"]  # as if the run had never been stopped
     else:
-        new = (Path(f"runs/{args.dataset}-{args.routing}-{n}") for n in count(1))
-        out = args.out or next(folder for folder in new if not folder.exists())
-        if any((out / file).exists() for file in ("checkpoint.pt", "weights.pt")):
-            fail(f"--out {out}: holds a run already; --resume continues its checkpoint.pt")
-    per_epoch = max(1, len(fit.labels) // size)  # a last batch that is not full is left out
-    steps = args.epochs * per_epoch
-    if step > steps:
-        fail(f"--epochs {args.epochs}: {args.resume} has {step / per_epoch:.4g} behind it")
-    start = time.monotonic() - seconds  # of the run, as if it had never been stopped
+        stamp = time.strftime("%m%d-%H%M%S")
+        out = args.out or Path(f"runs/{args.dataset}-{args.routing}-{stamp}")
+        out.mkdir(parents=True)  # an error, if it is there: it may hold a run
+    out, settings = out.resolve(), {k: v for k, v in vars(args).items() if k not in LOCAL}
 
-    settings, local = dict(vars(args)), {key: vars(args)[key] for key in LOCAL}
-    for key in (*LOCAL, "out", "resume", "eval"):
-        del settings[key]
-    program = f"python {shlex.quote(sys.argv[0])}"  # to be pasted, as the paths below
+    def command(option, file):
+        local = ["--data-dir", args.data_dir, "--device", device, *["--no-compile"][args.compile:]]
+        return shlex.join(["python", os.path.abspath(sys.argv[0]), option, str(out / file), *local])
 
     def save():
-        """All that a resumed run needs to repeat the uninterrupted one, on one CPU thread bit for
-        bit."""
-        data.write(out / "checkpoint.pt", dict(
-            settings=settings, local=local, model=net.state_dict(), step=step, sums=sums, rows=rows,
-            optimizer=optimizer.state_dict(), seconds=time.monotonic() - start))
+        """All that a resumed run needs to take the same steps, on one CPU thread bit for bit."""
+        data.save(out / "checkpoint.pt", dict(
+            settings=settings, model=net.state_dict(), optimizer=optimizer.state_dict(), step=step,
+            sums=sums, images=len(fit.labels), seconds=time.monotonic() - start))
 
-    save()  # a folder that cannot be written shows now
+    save()
     print(f"{type(net).__name__} on {args.dataset}: {len(fit.labels)} training images, "
-          f"{sum(p.numel() for p in net.parameters())} parameters, {device}"
-          f"{', compiling first, for up to a minute' * args.compile}"
-          f"\nif it is stopped: {program} --resume {shlex.quote(str(out / 'checkpoint.pt'))}",
-          flush=True)
+          f"{sum(p.numel() for p in net.parameters())} parameters, {device}\n"
+          f"if it is stopped: {command('--resume', 'checkpoint.pt')}", flush=True)
 
-    shown = None  # when and at which step the last line was
-    while step < steps:
-        epoch, place = divmod(step, per_epoch)
-        # Seeds from epoch and step: no random state has to be saved.
-        torch.manual_seed(1000 * args.seed + epoch)  # the order of the epoch
-        batch = torch.randperm(len(fit.labels))[place * size:(place + 1) * size].to(device)
-        torch.manual_seed(1_000_003 * args.seed + step)  # the augmentation of the step
-        images = data.augment(data.standardise(fit.images[batch]), spec)
-        labels = fit.labels[batch]
-        for group, lr in zip(optimizer.param_groups, highest):  # rises, then straight to zero
-            group["lr"] = lr * min(1, (step + 1) / WARMUP) * (1 - step / steps)
+    for epoch in range(step // per_epoch, args.epochs):
+        # Seeds from epoch and step: no random state has to be saved. With seed 0 the weights, the
+        # first order and the first augmentation come from one number.
+        torch.manual_seed((1000 * args.seed + epoch) % 2**63)
+        order = torch.randperm(len(fit.labels)).to(device).split(size)[:per_epoch]
+        first, began = step, time.monotonic()
+        shown = began
+        for batch in order[step % per_epoch:]:
+            torch.manual_seed((1_000_003 * args.seed + step) % 2**63)
+            images = data.augment(data.standardise(fit.images[batch]), spec)
+            labels = fit.labels[batch]
+            for group, lr in zip(optimizer.param_groups, highest):  # rises, then straight to zero
+                group["lr"] = lr * min(1, (step + 1) / WARMUP) * (1 - step / steps)
 
-        optimizer.zero_grad()  # first: a CUDA graph overwrites the gradients it returned
-        logits = net(images)[1]
-        loss = F.cross_entropy(logits, labels)
-        loss.backward()
-        if not nn.utils.clip_grad_norm_(net.parameters(), CLIP).isfinite():
-            fail(f"step {step + 1}: the loss is {loss.item()}, its gradient not finite; what is "
-                 f"saved in {out / 'checkpoint.pt'} is from before")
-        optimizer.step()
-        step += 1
-        sums += torch.stack([loss.detach(), 100 * (logits.argmax(1) != labels).float().mean()])
+            optimizer.zero_grad()  # first: a CUDA graph overwrites the gradients it returned
+            logits = net(images)[1]
+            loss = F.cross_entropy(logits, labels)
+            loss.backward()
+            nn.utils.clip_grad_norm_(net.parameters(), CLIP, error_if_nonfinite=True)
+            optimizer.step()
+            step += 1
+            errors = 100 * (logits.argmax(1) != labels).float().mean()
+            sums += torch.stack([loss.detach(), errors])
 
-        now, ends = time.monotonic(), step % per_epoch == 0
-        shown = shown or (now, step)  # not the first step, which may compile
-        if not ends and now - shown[0] < SHOW_SECONDS:
-            continue
-        mean_loss, error = (sums / (place + 1)).tolist()
-        taken, done = now - shown[0], step - shown[1]  # since the last line
-        if not done:
-            taken, done = now - start, step
-        print(f"epoch {epoch + 1}/{args.epochs}  {done * size / taken:.0f} images/s  loss "
-              f"{mean_loss:.4f}  training error {error:.2f} %  "
-              f"{taken / done * (steps - step) / 60:.0f} min left", flush=True)
-        if ends:
-            row = dict(epoch=epoch + 1, step=step, loss=mean_loss, training_error=error)
-            if args.validate is not None:
-                row["validation_error"], _ = evaluate(net, held_out, args)
-                print(f"validation error {row['validation_error']:.2f} %", flush=True)
-            rows.append({**row, "seconds": round(time.monotonic() - start, 1)})
-            sums.zero_()
-            # Before the checkpoint: a run that is killed between the two writes it again.
-            lines = [rows[0].keys(), *(row.values() for row in rows)]
-            data.write(out / "metrics.csv", "".join(",".join(map(str, x)) + "\n" for x in lines))
+            now, ends = time.monotonic(), step % per_epoch == 0
+            if ends or now > shown + SHOW_SECONDS:
+                shown, rate = now, (step - first) / (now - began)
+                mean_loss, error = (sums / (step - epoch * per_epoch)).tolist()
+                print(f"epoch {epoch + 1}/{args.epochs}  {rate * size:.0f} images/s  "
+                      f"loss {mean_loss:.4f}  training error {error:.2f} %  "
+                      f"{(steps - step) / rate / 60:.0f} min left", flush=True)
+                if not ends:
+                    save()
+
+        row = dict(epoch=epoch + 1, step=step, loss=mean_loss, training_error=error)
+        if args.validate is not None:
+            row["validation_error"], _ = evaluate(net, held_out, args)
+            print(f"validation error {row['validation_error']:.2f} %", flush=True)
+        row["seconds"] = round(time.monotonic() - start, 1)
+        with open(out / "metrics.csv", "a") as file:
+            for line in [row.keys(), row.values()][epoch > 0:]:
+                print(*line, sep=",", file=file)
+        sums.zero_()
         save()
-        shown = time.monotonic(), step
 
+    seconds = round(time.monotonic() - start, 1)
     error, confusion = evaluate(net, held_out, args)
     show(name, error, confusion, spec.classes)
-    result = {f"{name}_error": error, "seconds": rows[-1]["seconds"] if rows else 0,
-              "settings": settings, "confusion": confusion.tolist()}
-    data.write(out / "result.json", json.dumps(result) + "\n")
+    result = {f"{name}_error": error, "seconds": seconds, "settings": settings,
+              "confusion": confusion.tolist()}
+    (out / "result.json").write_text(json.dumps(result) + "\n")
     # From the CPU, so that torch.load opens them on a machine without this device.
-    data.write(out / "weights.pt", {"settings": settings, "model": net.cpu().state_dict()})
-    print(f"all files in {out}; to score again: {program} --eval "
-          f"{shlex.quote(str(out / 'weights.pt'))} --data-dir {shlex.quote(args.data_dir)}")
+    data.save(out / "weights.pt", {"settings": settings, "model": net.cpu().state_dict()})
+    print(f"all files in {out}; to score again: {command('--eval', 'weights.pt')}")
 
 
 def command_line(build=CapsNet):
-    """main, for a terminal: what a user or the machine did is one line."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    sys.stdout.reconfigure(errors="replace")  # paths may have letters that it cannot show
+    """main, for a terminal: what a file or the machine did wrong is one line."""
+    with suppress(AttributeError, ValueError):  # in a thread, a notebook, or with no output at all
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+        sys.stdout.reconfigure(errors="replace")  # paths may have letters that it cannot show
     try:
         main(build=build)
     except (data.DataError, OSError) as error:
-        fail(error)
+        sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
-        fail("interrupted")
+        sys.exit("train.py: interrupted")
 
 
 if __name__ == "__main__":
