@@ -37,6 +37,7 @@ import train
 from capsnet import CapsNet, ConvCaps
 
 HERE = Path(cn.__file__).parent
+ARGS, _ = train.parse(["--device", "cpu"])  # all defaults
 MAKE = {
     "similarity": lambda o: cn.SimilarityRouting(o, num_kernels=2),
     "connectionist": lambda o: cn.ConnectionistRouting(o, 2, hidden_size=3, phi=(4,), psi=(6, 5)),
@@ -500,7 +501,7 @@ def test_poses_shorter_than_1e4_are_taken_for_noise():
 
 DEFAULT_PATH = """
 import copy, io, os, torch, train
-from capsnet import CapsNet
+from capsnet import CapsNet, ConvCaps
 
 assert torch.get_num_threads() > 1 and os.environ["GOMP_SPINCOUNT"] == "1000"
 
@@ -521,9 +522,11 @@ def compare(plain, fast, channels, size):
 
 torch.manual_seed(0)
 images, net = torch.randn(2, 1, 32, 32), CapsNet((1, 32, 32), 5)
-fast = train.compiled(net, images, train=True)
+fast = train.speed_up(net, images, train.parse(["--device", "cpu"])[0])
 for a, b in zip(net.state_dict().values(), fast.state_dict().values(), strict=True):
     assert torch.equal(a, b)
+for layer in net.caps1, net.caps2:
+    layer.__class__ = ConvCaps
 compare(net.caps1, fast.caps1, 8, 14)
 compare(net.caps2, fast.caps2, 16, 6)
 
@@ -557,7 +560,7 @@ def test_any_number_of_networks_is_compiled(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compile(
         module, backend=backend, **options))
     for _ in range(3):
-        train.compiled(tiny_net("dynamic"), torch.randn(2, 1, 17, 19), train=True)
+        train.speed_up(tiny_net("dynamic"), torch.randn(2, 1, 17, 19), ARGS)
     assert len(compilations) == 3 * 2 * 2  # two layers, with and without gradients
 
 
@@ -566,8 +569,8 @@ def test_any_number_of_networks_is_compiled(monkeypatch):
 def test_compiled_on_a_gpu_a_network_trains_as_the_plain_one(name):
     images, labels = torch.randn(16, 1, 32, 32).cuda(), (torch.arange(16) % 5).cuda()
     net = CapsNet((1, 32, 32), 5, name).cuda()
-    fast = train.compiled(net, images, train=True)
     args, _ = train.parse(["--device", "cuda"])
+    fast = train.speed_up(net, images, args)
     split = data.Dataset(torch.randint(256, (40, 1, 40, 40)).byte().cuda(),
                          (torch.arange(40) % 5).cuda(), None)
     for _ in range(3):
@@ -590,13 +593,52 @@ def test_a_network_can_be_copied_and_exported_for_batches_of_any_size():
     torch.testing.assert_close(exported.module()(images), net(images))
 
 
-def test_readmes_programs_need_torch_only(tmp_path):
-    """capsnet.py copied alone into a folder, no NumPy and no other file of this project."""
+def test_readmes_programs_run_and_but_for_the_first_need_capsnet_and_torch_only(tmp_path):
     shutil.copy(cn.__file__, tmp_path)
-    first, *rest = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     check = "assert (logits.argmax(1) != labels[test]).float().mean() < 0.1"
-    program = "\n".join(["import sys", "sys.modules['numpy'] = None", first, check, *rest])
-    subprocess.run([sys.executable, "-E", "-c", program], cwd=tmp_path, check=True)
+    alone = "import sys; sys.modules['numpy'] = None"
+    for folder, text in (HERE, blocks[0]), (tmp_path, "\n".join([alone, blocks[1], check,
+                                                                 *blocks[2:]])):
+        run = subprocess.run([sys.executable, "-E", "-c", text], cwd=folder, check=True, text=True,
+                             stdout=subprocess.PIPE)
+    assert "0.351 0.316 0.331 0.002\n1.023 0.001\n" in run.stdout  # as it says
+
+
+PARALLEL = """
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from capsnet import CapsNet
+
+torch.distributed.init_process_group()
+for name in "similarity", "connectionist", "em", "dynamic":
+    torch.manual_seed(0)
+    net = CapsNet((1, 17, 17), 3, name, channels=(4, 2, 3, 2))
+    optimizer, parallel = torch.optim.Adam(net.parameter_groups(1e-2)), DistributedDataParallel(net)
+    torch.manual_seed(torch.distributed.get_rank())
+    for _ in range(2):
+        optimizer.zero_grad()
+        parallel(torch.randn(4, 1, 17, 17))[1].square().sum().backward()
+        optimizer.step()
+    weights = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    largest = weights.clone()
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    assert torch.equal(weights, largest), name
+"""
+
+
+def test_two_processes_train_one_network(tmp_path):
+    (tmp_path / "program.py").write_text(PARALLEL)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc-per-node", "2", tmp_path / "program.py"], check=True,
+                   env=os.environ | {"PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": ""})
+
+
+@pytest.mark.parametrize("program", [
+    "speeds.py --epochs 0 --routing em --no-compile --batch-size 2", "plain_cnn.py --help"])
+def test_the_programs_of_results_start(program, tmp_path):
+    name, *options = program.split()
+    subprocess.run([sys.executable, HERE / "results" / name, *options], cwd=tmp_path, check=True)
 
 
 # --------------------------------------------------------------------------------- data.py

@@ -54,8 +54,7 @@ def assignment(text):
 def parse(argv=None):
     """-> settings, the checkpoint that they continue or score (or None)."""
     parser = argparse.ArgumentParser(description="Train a capsule network with learned routing.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     allow_abbrev=False)
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--dataset", choices=data.SPECS, default="toys", help="toys need no download")
     add("--cameras", type=int, choices=(1, 2), default=1, help="2 of smallnorb only: as channels")
@@ -71,7 +70,7 @@ def parse(argv=None):
     add("--crops", type=int, default=1, help="score N x N crops, 1: the central one")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
     add("--compile", action=argparse.BooleanOptionalAction, default=True,
-        help="faster, after a minute; goes without where it cannot")
+        help="faster, after a minute or two; goes without where it cannot")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to run on")
     add("--data-dir", type=os.path.abspath, default="datasets", help="of the data sets")
     add = parser.add_mutually_exclusive_group().add_argument
@@ -101,20 +100,25 @@ class OneByOne(ConvCaps):
         return [torch.cat(parts) for parts in zip(*(call(*image) for image in images))]
 
 
-def compiled(net, images, train):
-    """A compiled copy of the network; where that fails, the network itself."""
+def speed_up(net, images, args):
+    """The network, or a compiled copy; `images`: a batch like those that it will see."""
+    torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions do anyway
+    if not images.is_cuda:
+        for layer in [m for m in net.modules() if isinstance(m, ConvCaps)][:-1]:
+            layer.__class__ = OneByOne  # not class_caps, which has 2 % of the votes
+    if not args.compile:
+        return net
+    print("compiling, for a minute or two", flush=True)
     fast = copy.deepcopy(net)
     try:
         if images.is_cuda:
             fast.compile(mode="reduce-overhead")  # as CUDA graphs, or launching takes the time
-        else:  # not class_caps, which has 2 % of the votes
-            for layer in [m for m in fast.modules() if isinstance(m, ConvCaps)][:-1]:
-                layer.compile(dynamic=False, isolate_recompiles=True)
-                layer.__class__ = OneByOne
+        for layer in (m for m in fast.modules() if isinstance(m, OneByOne)):
+            layer.compile(dynamic=False, isolate_recompiles=True)
         # Compilers start at the first use, and may fail there: use all that will be used.
         with torch.no_grad():
             fast.forward(images)
-        if train:
+        if not args.eval:
             fast(images)[1].sum().backward()
     except Exception as error:  # whatever a compiler can do wrong: PyTorch would print thousands
         reason = next(filter(str.strip, str(error).splitlines()), type(error).__name__)
@@ -169,10 +173,7 @@ def main(argv=None, build=CapsNet):
     name = "test" if args.validate is None else "validation"
     fit, held_out = (data.Dataset(*(part.to(device) for part in split)) for split in splits)
     size = min(args.batch_size, len(fit.labels))
-    torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions do anyway
-    if args.compile:
-        print("compiling, for up to a minute", flush=True)
-        net = compiled(net, torch.zeros(size, *shape, device=device), train=not args.eval)
+    net = speed_up(net, torch.zeros(size, *shape, device=device), args)
     if args.eval:
         return show(name, *evaluate(net, held_out, args), spec.classes)
 
@@ -194,28 +195,26 @@ def main(argv=None, build=CapsNet):
         out.mkdir(parents=True)  # an error, if it is there: it may hold a run
     out, settings = out.resolve(), {k: v for k, v in vars(args).items() if k not in LOCAL}
 
-    def command(option, file):
-        local = ["--data-dir", args.data_dir, "--device", device, *["--no-compile"][args.compile:]]
-        return shlex.join(["python", os.path.abspath(sys.argv[0]), option, str(out / file), *local])
+    local = ["--data-dir", args.data_dir, "--device", device, *["--no-compile"][args.compile:]]
+    program = shlex.join(["python", os.path.abspath(sys.argv[0]), *local])  # to be pasted anywhere
 
     def save():
-        """All that a resumed run needs to take the same steps, on one CPU thread bit for bit."""
         data.save(out / "checkpoint.pt", dict(
             settings=settings, model=net.state_dict(), optimizer=optimizer.state_dict(), step=step,
             sums=sums, images=len(fit.labels), seconds=time.monotonic() - start))
 
-    save()
+    save()  # so that a resumed run takes the same steps, on one CPU thread bit for bit
+    checkpoint, weights = (shlex.quote(str(out / file)) for file in ("checkpoint.pt", "weights.pt"))
     print(f"{type(net).__name__} on {args.dataset}: {len(fit.labels)} training images, "
           f"{sum(p.numel() for p in net.parameters())} parameters, {device}\n"
-          f"if it is stopped: {command('--resume', 'checkpoint.pt')}", flush=True)
+          f"if it is stopped: {program} --resume {checkpoint}", flush=True)
 
     for epoch in range(step // per_epoch, args.epochs):
         # Seeds from epoch and step: no random state has to be saved. With seed 0 the weights, the
         # first order and the first augmentation come from one number.
         torch.manual_seed((1000 * args.seed + epoch) % 2**63)
         order = torch.randperm(len(fit.labels)).to(device).split(size)[:per_epoch]
-        first, began = step, time.monotonic()
-        shown = began
+        first, began, shown = step, time.monotonic(), time.monotonic()
         for batch in order[step % per_epoch:]:
             torch.manual_seed((1_000_003 * args.seed + step) % 2**63)
             images = data.augment(data.standardise(fit.images[batch]), spec)
@@ -262,7 +261,7 @@ def main(argv=None, build=CapsNet):
     (out / "result.json").write_text(json.dumps(result) + "\n")
     # From the CPU, so that torch.load opens them on a machine without this device.
     data.save(out / "weights.pt", {"settings": settings, "model": net.cpu().state_dict()})
-    print(f"all files in {out}; to score again: {command('--eval', 'weights.pt')}")
+    print(f"all files in {out}; to score again: {program} --eval {weights}")
 
 
 def command_line(build=CapsNet):

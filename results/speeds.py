@@ -1,25 +1,31 @@
 """Images per second of training steps and of scoring, on random images, and the peak memory.
 
-    PYTHONPATH=. OMP_NUM_THREADS=1 python results/speeds.py --routing em --batch-size 128
+    python results/speeds.py --routing em --batch-size 128
 
-The options are train.py's. Where the machine is shared, compare only what was run side by side.
+The options are train.py's; the timing takes --epochs times five seconds. Where the machine is
+shared, compare only what was run side by side.
 """
 
 import resource
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder
+import train  # before torch: it tells its threads how to wait
 
 import torch
 import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 
-import train
 from capsnet import CapsNet
 
 args, _ = train.parse()
-net, device, size = train.make(args, None, CapsNet), torch.device(args.device), args.batch_size
-train.speed_up(net, args)
-optimizer = torch.optim.Adam(net.parameter_groups(1e-4))
+device, size = torch.device(args.device), args.batch_size
+net = CapsNet((args.cameras, 32, 32), 5, args.routing, **dict(args.option)).to(device)
 images = torch.randn(size, *net.image_shape, device=device)
 labels = torch.zeros(size, dtype=torch.int64, device=device)
+net = train.speed_up(net, images, args)
+optimizer = torch.optim.Adam(net.parameter_groups(1e-4))
 
 
 def training():
@@ -35,9 +41,9 @@ def scoring():
 
 for call, mode in ((training, True), (scoring, False)):
     net.train(mode)
-    call()  # compiles
+    call()
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    rate = size / timer.blocked_autorange(min_run_time=10).median
+    rate = size / timer.blocked_autorange(min_run_time=args.epochs * 5).median
     print(f"{args.routing}, batches of {size}, {call.__name__}: {rate:.1f} images/s")
 if device.type == "cuda":
     memory = torch.cuda.max_memory_allocated(device) / 1e6

@@ -1,10 +1,11 @@
 """The README's figures, from capsnet.py and what lies in results/: needs matplotlib.
 
-    PYTHONPATH=. python results/figures/figures.py        (in the project's folder)
+    python results/figures/figures.py        (in the project's folder)
 """
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the project's folder
 import data
 from capsnet import CapsNet, SimilarityRouting, mean_shift, routing_objective, update_pose
 
