@@ -84,8 +84,9 @@ class Routing(nn.Module):
         assert torch.allclose(c.sum(0), torch.ones(16, 2))  # check that of your own, too
     """
 
-    def __init__(self, out_channels, iterations):
+    def __init__(self, out_channels, iterations, at_least=1):
         super().__init__()
+        assert iterations >= at_least, f"iterations={iterations}: expected {at_least} or more"
         self.out_channels, self.iterations = out_channels, iterations
 
     def forward(self, votes, log_a, fields=None):
@@ -144,7 +145,7 @@ class SimilarityRouting(Routing):
 
     def __init__(self, out_channels, pose_size=4, iterations=3, num_kernels=4, widths=(0.1, 1.0),
                  lambda1=0.2, lambda2=0.2, theta1=20.0):
-        super().__init__(out_channels, iterations)
+        super().__init__(out_channels, iterations, at_least=0)
         first, last = (math.log(width) for width in widths)
         lambdas, theta = torch.tensor([lambda1, lambda2]), torch.tensor([theta1, 0.0, 1.0])
         self.log_lambda = nn.Parameter(lambdas.log()[:, None].repeat(1, out_channels))

@@ -129,20 +129,18 @@ PATIENCE = 30  # seconds without a byte
 
 def _download(path, sha256):
     """From the first mirror that has it right."""
-    reasons, timeout = [], socket.getdefaulttimeout()
-    socket.setdefaulttimeout(PATIENCE)  # or a server that stalls is waited for, for ever
+    reasons, before = [], socket.getdefaulttimeout()
     for mirror in MIRRORS[path.parent.name]:
         print(f"downloading {mirror}{path.name}", file=sys.stderr)
         try:
-            torch.hub.download_url_to_file(mirror + path.name, str(path), sha256)
-            break
+            socket.setdefaulttimeout(PATIENCE)  # or a server that stalls is waited for, for ever
+            return torch.hub.download_url_to_file(mirror + path.name, str(path), sha256)
         except Exception as error:  # of the network or the disk, or a wrong hash: cut off, say
             reasons.append(f"{mirror}: {' '.join(str(error).split())}")
-    socket.setdefaulttimeout(timeout)
-    if not path.exists():
-        names = ", ".join(name for name, *_ in FILES[path.parent.name])
-        raise DataError(f"{path}: download failed ({'; '.join(reasons)}); put there yourself, raw "
-                        f"or .gz: {names}")
+        finally:
+            socket.setdefaulttimeout(before)
+    names = ", ".join(name for name, *_ in FILES[path.parent.name])
+    raise DataError(f"{path}: download failed ({'; '.join(reasons)}); put there: {names}")
 
 
 def _read(folder, name, header, dtype, shape, sha256):
