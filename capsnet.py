@@ -40,7 +40,7 @@ Where this departs from the paper, or chooses what the paper leaves open (traini
     * lambda1 and lambda2 start at 0.2, theta_1 at 20 (class capsules: 60). With the author's 12 and
       1, and a small theta_1, c stays uniform and all images get nearly the same class logits.
       theta_2 starts at 0, theta_3 at 1; primary activations near 1/2 (the author's near 0.7).
-      Class logits then start near 42, which a softmax does not mind.
+      Class logits then start near 40, which a softmax does not mind.
     * Connectionist routing starts with larger weights: with PyTorch's, its class logits hardly
       differ between images.
 """
@@ -394,7 +394,8 @@ class EMRouting(Routing):
     r_ij = R_ij a_i is the weight of vote i in cluster j, and c = r / sum_i r, so that the mean of
     the M-step is Eq. 4. R is normalised over all parents of an input; at first they are equal.
     The activation's lambda is inverse_temperature * (1 - 0.95^(t+1)) in iteration t = 0, 1, ...
-    Its paper has 3 iterations and 0.01, which in short trials fitted smallNORB worse.
+    Its paper has 3 iterations and 0.01, which in short trials fitted smallNORB worse, other votes
+    than Eq. 1 and the spread loss.
     """
 
     def __init__(self, out_channels, pose_size=4, iterations=2, inverse_temperature=0.03):
