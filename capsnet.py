@@ -40,7 +40,6 @@ Where this departs from the paper, or chooses what the paper leaves open (traini
     * lambda1 and lambda2 start at 0.2, theta_1 at 20 (class capsules: 60). With the author's 12 and
       1, and a small theta_1, c stays uniform and all images get nearly the same class logits.
       theta_2 starts at 0, theta_3 at 1; primary activations near 1/2 (the author's near 0.7).
-      Class logits then start near 40, which a softmax does not mind.
     * Connectionist routing starts with larger weights: with PyTorch's, its class logits hardly
       differ between images.
 """
@@ -84,9 +83,8 @@ class Routing(nn.Module):
         assert torch.allclose(c.sum(0), torch.ones(16, 2))  # check that of your own, too
     """
 
-    def __init__(self, out_channels, iterations, at_least=1):
+    def __init__(self, out_channels, iterations):
         super().__init__()
-        assert iterations >= at_least, f"iterations={iterations}: expected {at_least} or more"
         self.out_channels, self.iterations = out_channels, iterations
 
     def forward(self, votes, log_a, fields=None):
@@ -145,7 +143,7 @@ class SimilarityRouting(Routing):
 
     def __init__(self, out_channels, pose_size=4, iterations=3, num_kernels=4, widths=(0.1, 1.0),
                  lambda1=0.2, lambda2=0.2, theta1=20.0):
-        super().__init__(out_channels, iterations, at_least=0)
+        super().__init__(out_channels, iterations)
         first, last = (math.log(width) for width in widths)
         lambdas, theta = torch.tensor([lambda1, lambda2]), torch.tensor([theta1, 0.0, 1.0])
         self.log_lambda = nn.Parameter(lambdas.log()[:, None].repeat(1, out_channels))
@@ -288,9 +286,7 @@ class ConvCaps(nn.Module):
 
     def forward(self, pose, logit):
         matrix, dims = self.weight.shape[-2:], len(self.kernel_size)
-        assert pose.shape == logit.shape + matrix and logit.ndim == 2 + dims, (
-            f"pose {tuple(pose.shape)}, logit {tuple(logit.shape)}: expected (B, C, *grid, P, P), "
-            f"(B, C, *grid) with {dims} dimensions, P = {matrix[0]}")
+        assert pose.shape == logit.shape + matrix and logit.ndim == 2 + dims, (pose.shape, matrix)
         assert all(n >= k for n, k in zip(logit.shape[2:], self.kernel_size)), "kernel over grid"
         pose = F.normalize(pose, dim=(-2, -1), eps=1e-4)
         pose, places = self.receptive_fields(pose)  # (I, P, P, N)
@@ -352,8 +348,7 @@ class CapsNet(nn.Module):
         self.class_caps = caps(hidden2, num_classes, sizes[2], kernel_size=grid)  # all of it
 
     def forward(self, images):
-        assert images.shape[1:] == self.image_shape, (
-            f"images of {tuple(images.shape)}, expected (B, *{self.image_shape})")
+        assert images.shape[1:] == self.image_shape, (images.shape, self.image_shape)
         pose, logit = self.primary(self.conv(images))
         for layer in (self.caps1, self.caps2, self.class_caps):
             pose, logit, _ = layer(pose, logit)

@@ -12,7 +12,6 @@ import gzip
 import io
 import math
 import os
-import socket
 import sys
 import zlib
 from itertools import product
@@ -32,7 +31,6 @@ class Spec(NamedTuple):
     """What is known about a data set before it is loaded."""
 
     classes: tuple     # names, in the order of the labels
-    cameras: int       # the most views of a scene that can be asked for: channels
     crop: int          # height and width that the network sees
     brightness: float  # strengths of the augmentation, see `augment`
     contrast: float
@@ -40,9 +38,9 @@ class Spec(NamedTuple):
 
 TOYS = ("animal", "human", "airplane", "truck", "car")
 SPECS = {
-    "toys": Spec(TOYS, 1, 32, 0.2, 0.2),
-    "mnist": Spec(tuple("0123456789"), 1, 28, 0.0, 0.0),
-    "smallnorb": Spec(TOYS, 2, 32, 0.2, 0.2),
+    "toys": Spec(TOYS, 32, 0.2, 0.2),
+    "mnist": Spec(tuple("0123456789"), 28, 0.0, 0.0),
+    "smallnorb": Spec(TOYS, 32, 0.2, 0.2),
 }
 
 
@@ -61,8 +59,7 @@ def load(name, data_dir="datasets", cameras=1):
     they are not. The result is cached there, and from then on the cache is used, even alone.
     cameras: 1 or, for smallnorb, 2; they become the channels. Raises DataError, OSError.
     """
-    if cameras > SPECS[name].cameras:
-        raise DataError(f"{name} has {SPECS[name].cameras} camera, not {cameras}")
+    assert cameras == 1 or name == "smallnorb", f"{name} has one camera"
     folder = Path(data_dir) / name
     cache = folder / f"cache-{cameras}.pt"
     if cache.exists():
@@ -119,36 +116,25 @@ FILES["mnist"] = (
     ("train-labels-idx1-ubyte", 8, "u1", (60000,), "3552534a0a558bbed6aed32b30c495cc"),
     ("t10k-images-idx3-ubyte", 16, "u1", (10000, 28, 28), "8d422c7b0a1c1c79245a5bcf07fe86e3"),
     ("t10k-labels-idx1-ubyte", 8, "u1", (10000,), "f7ae60f92e00ec6debd23a6088c31dbd"))
-MIRRORS = {
-    "smallnorb": ("https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/",),
-    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/",
-              "https://storage.googleapis.com/cvdf-datasets/mnist/"),
-}
-PATIENCE = 30  # seconds without a byte
+MIRROR = {"smallnorb": "https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/",
+          "mnist": "https://ossci-datasets.s3.amazonaws.com/mnist/"}
 
 
 def _download(path, sha256):
-    """From the first mirror that has it right."""
-    reasons, before = [], socket.getdefaulttimeout()
-    for mirror in MIRRORS[path.parent.name]:
-        print(f"downloading {mirror}{path.name}", file=sys.stderr)
-        try:
-            socket.setdefaulttimeout(PATIENCE)  # or a server that stalls is waited for, for ever
-            return torch.hub.download_url_to_file(mirror + path.name, str(path), sha256)
-        except Exception as error:  # of the network or the disk, or a wrong hash: cut off, say
-            reasons.append(f"{mirror}: {' '.join(str(error).split())}")
-        finally:
-            socket.setdefaulttimeout(before)
-    names = ", ".join(name for name, *_ in FILES[path.parent.name])
-    raise DataError(f"{path}: download failed ({'; '.join(reasons)}); put there: {names}")
+    name, url = path.parent.name, MIRROR[path.parent.name] + path.name
+    print(f"downloading {url}", file=sys.stderr)
+    try:
+        torch.hub.download_url_to_file(url, str(path), sha256)
+    except Exception as error:  # of the network or the disk, or a wrong hash: cut off, say
+        reason, names = " ".join(str(error).split()), ", ".join(file for file, *_ in FILES[name])
+        raise DataError(f"{url}: download failed ({reason}); put in {path.parent}: {names}")
 
 
 def _read(folder, name, header, dtype, shape, sha256):
-    """The array of a published file, raw, .gz or as 7-Zip names it; downloaded if it is absent."""
-    names = name, name + ".gz", name.replace("-idx", ".idx")
-    found = [folder / name for name in names if (folder / name).is_file()]
-    path = found[0] if found else folder / names[1]
-    if not found:
+    """The array of a published file, raw or .gz; downloaded if it is not there."""
+    raw, packed = folder / name, folder / (name + ".gz")
+    path = raw if raw.exists() else packed
+    if not path.exists():
         _download(path, sha256)
     try:
         content = path.read_bytes()
@@ -210,11 +196,10 @@ def hold_out(train, instance):
     """(fit, validation) from a training Dataset: the protocol for choosing anything.
 
     All images of one instance of every class are held out, so that validation, like the test, is
-    on toys never seen; of MNIST a twelfth, 5,000 images. DataError if there is no such instance.
+    on toys never seen; of MNIST a twelfth, 5,000 images.
     """
-    held, known = train.instances == instance, train.instances.unique().tolist()
-    if not held.any():
-        raise DataError(f"no instance {instance} to hold out, expected one of {known}")
+    held = train.instances == instance
+    assert held.any(), f"instance {instance}: expected one of {train.instances.unique().tolist()}"
     return Dataset(*(part[~held] for part in train)), Dataset(*(part[held] for part in train))
 
 

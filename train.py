@@ -23,7 +23,6 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 if "OMP_WAIT_POLICY" not in os.environ:  # before torch: Linux's threads (GNU OpenMP) wait by
@@ -32,7 +31,6 @@ if "OMP_WAIT_POLICY" not in os.environ:  # before torch: Linux's threads (GNU Op
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import data
 from capsnet import ROUTINGS, CapsNet, ConvCaps
@@ -46,9 +44,7 @@ LOCAL = ("device", "compile", "data_dir", "out", "resume", "eval")  # of this ca
 
 def assignment(text):
     name, _, value = text.partition("=")
-    with suppress(json.JSONDecodeError):
-        return name, json.loads(value)
-    raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=JSON, such as lambda1=0.5")
+    return name, json.loads(value)
 
 
 def parse(argv=None):
@@ -132,7 +128,8 @@ def speed_up(net, images, args):
 def evaluate(net, dataset, args):
     """-> percent of errors, counts (true class, predicted class); of one crop or several."""
     spec, n = data.SPECS[args.dataset], len(data.SPECS[args.dataset].classes)
-    confusion, shown = torch.zeros(n, n, dtype=torch.int64), time.monotonic()
+    confusion = torch.zeros(n, n, dtype=torch.int64)
+    print(f"scoring {len(dataset.labels)} images", flush=True)
     net.eval()
     for images, labels in zip(dataset.images.split(EVAL_BATCH), dataset.labels.split(EVAL_BATCH)):
         crops = data.crops(data.standardise(images), spec.crop, args.crops)
@@ -141,9 +138,6 @@ def evaluate(net, dataset, args):
         # The mean of the crops' probabilities, as a logarithm: rounding makes no ties there.
         predicted = logits.log_softmax(2).logsumexp(0).argmax(1)
         confusion += torch.bincount(labels * n + predicted, minlength=n * n).view(n, n).cpu()
-        if time.monotonic() > shown + SHOW_SECONDS:
-            shown = time.monotonic()
-            print(f"scored {confusion.sum()} of {len(dataset.labels)} images", flush=True)
     net.train()
     return 100 - 100 * confusion.trace().item() / len(dataset.labels), confusion
 
@@ -226,7 +220,7 @@ def main(argv=None, build=CapsNet):
             logits = net(images)[1]
             loss = F.cross_entropy(logits, labels)
             loss.backward()
-            nn.utils.clip_grad_norm_(net.parameters(), CLIP, error_if_nonfinite=True)
+            torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP, error_if_nonfinite=True)
             optimizer.step()
             step += 1
             errors = 100 * (logits.argmax(1) != labels).float().mean()
@@ -266,9 +260,7 @@ def main(argv=None, build=CapsNet):
 
 def command_line(build=CapsNet):
     """main, for a terminal: what a file or the machine did wrong is one line."""
-    with suppress(AttributeError, ValueError):  # in a thread, a notebook, or with no output at all
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-        sys.stdout.reconfigure(errors="replace")  # paths may have letters that it cannot show
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         main(build=build)
     except (data.DataError, OSError) as error:
