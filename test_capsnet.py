@@ -28,6 +28,7 @@ import train  # before torch, as for a user: it tells threads how to wait
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd import grad, gradcheck
 
 import capsnet as cn
@@ -229,12 +230,6 @@ def test_no_point_of_the_simplex_has_a_lower_objective_than_update_compatibility
     assert slope.abs().max() < 1e-12  # stationary, and J is convex in c
 
 
-def test_compatibilities_sum_to_one_over_the_inputs_and_not_over_the_outputs():
-    c = cn.update_compatibility(rand(4, 3, 2), rand(4, 1, 2), 0.5, 0.5)
-    torch.testing.assert_close(c.sum(0), torch.ones_like(c[0]))
-    assert (c.sum(1) - 1).abs().max() > 0.1
-
-
 def test_limits_of_the_lambdas():
     k, a = torch.rand(6).double(), torch.rand(6).double()
     for lambdas, expected in (((1e9, 1), torch.full_like(a, 1 / 6)), ((1, 1e9), a / a.sum()),
@@ -325,14 +320,6 @@ def test_turning_every_pose_turns_the_outputs_and_leaves_shares_and_activations(
     torch.testing.assert_close(layer(pose @ turn, logit), (mu @ turn, a, c))
 
 
-def test_similarity_without_iterations_is_the_mean_vote():
-    routing, votes = small_routing("similarity", 3), rand(5, 3, 4, 2)
-    routing.iterations = 0
-    mu, logit, c = routing(votes, -rand(5, 1, 2).abs())
-    torch.testing.assert_close(mu, votes.mean(0))
-    assert c.eq(1 / 5).all() and logit.shape == (3, 2)
-
-
 # ---------------------------------------------------------------------------------- gradients
 
 
@@ -381,8 +368,8 @@ def test_parameter_groups_give_the_routings_own_parameters_five_times_the_rate()
     net = CapsNet((1, 17, 17), 2)
     slow, fast = net.parameter_groups(1e-3)
     assert fast["lr"] == 5 * slow["lr"] == 5e-3
-    assert {*fast["params"]} == {p for layer in (net.caps1, net.caps2, net.class_caps)
-                                 for p in (layer.routing.log_lambda, layer.routing.theta)}
+    assert {*fast["params"]} == {p for name, p in net.named_parameters()
+                                 if name.endswith(("log_lambda", "theta"))}
     assert len(slow["params"]) + len(fast["params"]) == len([*net.parameters()])
 
 
@@ -440,14 +427,6 @@ def test_batch_of_one_or_none_equals_the_same_images_in_a_batch(name):
     with torch.device("meta"):
         net = CapsNet((1, 17, 17), 3, name)
     assert net(torch.empty(2, 1, 17, 17, device="meta"))[1].shape == (2, 3)
-
-
-@every_routing
-def test_every_parameter_gets_a_gradient(name):
-    net = tiny_net(name).train()
-    poses, logits = net(torch.randn(4, 1, 17, 19))
-    (logits.square().sum() + poses.square().sum()).backward()
-    assert not [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()]
 
 
 def call_a_routing_that_loses_an_axis():
@@ -533,30 +512,20 @@ def test_any_number_of_networks_is_compiled_and_they_stay_ordinary_modules(monke
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @every_routing
 def test_compiled_on_a_gpu_a_network_trains_as_the_plain_one(name):
-    images, labels = torch.randn(16, 1, 32, 32).cuda(), (torch.arange(16) % 5).cuda()
-    net = CapsNet((1, 32, 32), 5, name).cuda()
-    args, _ = train.parse(["--device", "cuda"])
+    images, labels = torch.randn(40, 1, 32, 32).cuda(), (torch.arange(40) % 5).cuda()
+    net, (args, _) = CapsNet((1, 32, 32), 5, name).cuda(), train.parse(["--device", "cuda"])
     fast = train.speed_up(net, images, args)
-    split = data.Dataset(torch.randint(256, (40, 1, 40, 40)).byte().cuda(),
-                         (torch.arange(40) % 5).cuda(), None)
     for _ in range(3):
         losses = []
         for x in net, fast:
             x.zero_grad()
-            losses.append(torch.nn.functional.cross_entropy(x(images)[1], labels))
+            losses.append(F.cross_entropy(x(images)[1], labels))
             losses[-1].backward()
         torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-2)  # TF32 has ten bits
         scale = max(p.grad.abs().max() for p in net.parameters())
         for p, q in zip(net.parameters(), fast.parameters()):
             assert (p.grad - q.grad).abs().max() < 0.05 * scale
-        train.evaluate(fast, split, args)
-
-
-def test_a_network_can_be_copied_and_exported_for_batches_of_any_size():
-    net, images = copy.deepcopy(tiny_net("em")), torch.randn(3, 1, 17, 19)
-    batch = torch.export.Dim("batch", min=2)
-    exported = torch.export.export(net, (images[:2],), dynamic_shapes=({0: batch},))
-    torch.testing.assert_close(exported.module()(images), net(images))
+        train.evaluate(fast, data.Dataset(images.byte(), labels, None), args)
 
 
 def test_readmes_programs_run_and_but_for_the_first_need_capsnet_and_torch_only(tmp_path):
@@ -623,16 +592,12 @@ def norb_files(count=30):
 
 
 def mnist_files(count=24):
-    """Noise, and a bright block in a place that says which digit it is."""
-    files, rng = {}, np.random.default_rng(1)
-    for stem in ("train", "t10k"):
-        images = rng.integers(64, size=(count, 28, 28), dtype=np.uint8)
-        for n, image in enumerate(images):
-            row, column = divmod(n % 10, 4)
-            image[4 + 4 * row:8 + 4 * row, 4 + 5 * column:9 + 5 * column] = 255
-        files[f"{stem}-images-idx3-ubyte"] = bytes(16) + images.tobytes()
-        files[f"{stem}-labels-idx1-ubyte"] = bytes(8) + bytes(n % 10 for n in range(count))
-    return files
+    """Each digit one image of noise."""
+    digits = np.arange(count) % 10
+    images = np.random.default_rng(1).integers(256, size=(10, 28, 28), dtype=np.uint8)[digits]
+    return {f"{stem}-{file}": content for stem in ("train", "t10k") for file, content in (
+        ("images-idx3-ubyte", bytes(16) + images.tobytes()),
+        ("labels-idx1-ubyte", bytes(8) + digits.astype("u1").tobytes()))}
 
 
 FILES = {"smallnorb": norb_files(), "mnist": mnist_files()}
@@ -875,7 +840,7 @@ def test_a_run_learns_and_stopped_resumed_and_prolonged_it_takes_the_same_steps(
     scored = json.loads((cut / "result.json").read_text())
     assert f"test error {scored['test_error']:.2f} %" in capsys.readouterr().out
     assert scored["settings"]["option"] == [["num_kernels", 3], ["lambda1", 0.3]]
-    for options, words in ("--epochs 4", "has 5 epochs"), ("--validate 1", "had 24 training images"):
+    for options, words in ("--epochs 4", "has 5 epochs"), ("--validate 1", "had 24 training"):
         with pytest.raises(AssertionError, match=f"checkpoint.pt {words}"):
             train.main([*resume, *options.split()])
 
@@ -906,13 +871,9 @@ def test_a_folder_that_holds_a_run_is_left_alone(small_mnist, tmp_path, monkeypa
 
 def test_numbers_that_are_not_finite_stop_the_run(small_mnist, tmp_path, monkeypatch):
     """At step 8, in the second epoch: the checkpoint of the first stays, with finite weights."""
-    losses, plain = [], train.F.cross_entropy
-
-    def spoiled(logits, labels):
-        losses.append(plain(logits, labels))
-        return losses[-1] * (math.inf if len(losses) == 8 else 1)
-
-    monkeypatch.setattr(train.F, "cross_entropy", spoiled)
+    losses, plain = [], F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda *args: losses.append(plain(*args)) or
+                        losses[-1] * (math.inf if len(losses) == 8 else 1))
     with pytest.raises(RuntimeError, match="non-finite"):
         train.main([*small_mnist, "--epochs", "3", "--out", str(tmp_path / "run")])
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
@@ -949,9 +910,8 @@ def test_evaluate_counts_every_image_once_and_averages_probabilities_over_crops(
     class FirstPixel(torch.nn.Module):
         def forward(self, images):
             assert not self.training
-            logits = torch.full((len(images), 10), -99.)
-            logits[:, 0], logits[:, 1] = 1, images[:, 0, 0, 0]
-            return None, logits
+            pixels = images[:, 0, :1, 0]
+            return None, F.pad(torch.cat([torch.ones_like(pixels), pixels], 1), (0, 8), value=-99)
 
     for crops, expected in ("1", [[100, 0], [0, 100], [0, 100]]), (
             "3", [[100, 0], [100, 0], [0, 100]]):
@@ -960,15 +920,7 @@ def test_evaluate_counts_every_image_once_and_averages_probabilities_over_crops(
         assert confusion[:3, :2].tolist() == expected and confusion.sum() == 300
     train.show("test", error, confusion, data.SPECS["mnist"].classes)
     output = capsys.readouterr().out
-    assert "test error 66.67 %: 200 of 300 images" in output
-    assert re.search(r"^2 +0 +100 +0", output, re.MULTILINE)
-
-
-def test_learning_rate_and_epochs_follow_routing_and_data_set_unless_given():
-    for given, lr, epochs in (("--routing em --dataset mnist", 6e-3, 4),
-                              ("--routing em --lr 1 --epochs 0", 1, 0)):
-        args, _ = train.parse(given.split())
-        assert (args.lr, args.epochs) == (lr, epochs)
+    assert "66.67 %: 200 of 300" in output and re.search(r"^2 +0 +100 +0", output, re.MULTILINE)
 
 
 def test_seeds_differ_in_weights_order_and_augmentation(small_mnist, tmp_path, monkeypatch):
@@ -991,16 +943,12 @@ def test_seeds_differ_in_weights_order_and_augmentation(small_mnist, tmp_path, m
 
 
 def test_a_failed_save_leaves_the_file_before_it(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint.pt"
-    data.save(path, "whole")
-
-    def full(file):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        data.save(path, "not so")
-    assert torch.load(path) == "whole" and os.listdir(tmp_path) == ["checkpoint.pt"]
+    data.save(tmp_path / "checkpoint.pt", "whole")
+    monkeypatch.setattr(os, "fsync", lambda file: os.read(-1, 0))  # an OSError, as of a full disk
+    with pytest.raises(OSError):
+        data.save(tmp_path / "checkpoint.pt", "not so")
+    assert torch.load(tmp_path / "checkpoint.pt") == "whole"
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
 def test_where_compiling_fails_in_the_layers_training_goes_on(
