@@ -10,10 +10,10 @@ Glossary (EM paper: Hinton et al., ICLR 2018; dynamic paper: Sabour et al., Neur
 
     code              symbol      where    what it is
     pose, mu          M_i, mu_j            what a capsule says about its part: a P x P matrix
-    logit, log_a      a_i, a_j             of an activation: a = sigmoid(logit), log a exact
+    logit, log_a      a_i, a_j             of an activation: a = sigmoid(logit), log a finite
     weight            W_ij        Eq. 1    takes the pose of input i to its vote for output j
     votes             v_ij        Eq. 1    what i predicts for the pose of j
-    c, compatibility  c_ij        Eq. 3    share of vote i in the pose of j: sums to 1 over i
+    c, compatibility  c_ij        Eq. 3    share of vote i in the pose of j; its sum over i is 1
     k, similarity     k(mu, v)    Eq. 15   a mixture of Gaussians of the distance
 
 Axes, the same letters everywhere
@@ -25,8 +25,8 @@ Axes, the same letters everywhere
 Between layers poses are (B, C, *grid, P, P), logits (B, C, *grid). Inside a layer the inputs come
 first and the receptive fields last: Eq. 1 is then one batched product that copies no votes.
 
-What makes them capsules: turn all poses of a layer's inputs, M_i Q with an orthogonal Q, and the
-poses of its outputs turn alike, mu_j Q, while shares and activations stay. For similarity and
+What makes them capsules: if all poses of a layer's inputs turn, M_i R with an orthogonal R, then
+the poses of its outputs turn alike, mu_j R, while c and activations stay. For similarity and
 dynamic routing that is exact; EM (a variance for each entry) and an LSTM can only learn it.
 
 Where this departs from the paper, or chooses what the paper leaves open (training: train.py)
@@ -76,11 +76,12 @@ class Routing(nn.Module):
 
     A routing procedure is a subclass that defines `compatibility` and `activation`. `state`, S in
     the paper, is what one call of `compatibility` hands to the next, at first None. EM and dynamic
-    routing replace `forward`: they need `fields`, see `log_softmax_over_parents`. `CapsNet` finds a
-    procedure in ROUTINGS and constructs it as (out_channels, pose_size, **options).
+    routing replace `forward`: their first c is another, and they need `fields`, see
+    `log_softmax_over_parents`. `CapsNet` finds a procedure in ROUTINGS and constructs it as
+    (out_channels, pose_size, **options).
 
-        mu, logit, c = SimilarityRouting(16)(torch.randn(72, 16, 16, 2), torch.zeros(72, 1, 2))
-        assert torch.allclose(c.sum(0), torch.ones(16, 2))  # check that of your own, too
+        mu, logit, c = SimilarityRouting(5)(torch.randn(72, 5, 16, 2), torch.zeros(72, 1, 2))
+        assert torch.allclose(c.sum(0), torch.ones(5, 2))  # check that of your own, too
     """
 
     def __init__(self, out_channels, iterations):
@@ -110,9 +111,10 @@ class Routing(nn.Module):
 def routing_objective(similarity, compatibility, log_a, lambda1, lambda2) -> Tensor:
     """Eq. 2: J = -sum c k + lambda1 sum c log(c I) + lambda2 sum c log(c / a).
 
-    similarity, compatibility, log_a (I, ...) -> (...). Routing alternates between the best c for
-    the poses, Eq. 11, and the best poses for c: Eq. 4, if k is -||mu - v||^2. With the k of Eq. 15
-    that is an approximation and may raise J, which `mean_shift` does not.
+    similarity, compatibility, log_a (I, ...) -> (...). lambda1 draws c to equal shares, lambda2 to
+    shares in proportion to a. Routing alternates between the best c for the poses, Eq. 11, and the
+    best poses for c: Eq. 4, if k is -||mu - v||^2. With the k of Eq. 15 that is an approximation
+    and may raise J, which `mean_shift` does not.
     """
     c, c_log_c = compatibility, torch.xlogy(compatibility, compatibility)  # 0 log 0 = 0
     penalty = lambda1 * (c_log_c + c * math.log(len(c))) + lambda2 * (c_log_c - c * log_a)
@@ -126,18 +128,18 @@ def update_compatibility(similarity: Tensor, log_a: Tensor, lambda1, lambda2) ->
     Softmax over the first axis, the *input* capsules: every output capsule spreads one unit of
     attention over its votes. (EM and dynamic routing share out an input over its parents instead.)
     """
-    total = lambda1 + lambda2  # not as one fraction, which compiled scores 0.86 times as fast
+    total = lambda1 + lambda2  # in two fractions: as one it is slower, scoring 0.86 times as fast
     return (similarity / total + lambda2 / total * log_a).softmax(0)
 
 
 class SimilarityRouting(Routing):
     """Section 4.1: routing by alternation on an objective (Eq. 2) whose parameters are learned.
 
-    num_kernels: Q of Eq. 15, shared by the channels; their widths start evenly in logarithm between
-        the two of `widths`, a single one at the first.
+    num_kernels: Q of Eq. 15, one set for all channels; their widths start evenly in logarithm
+        between the two of `widths`, a single one at the first.
     lambda1, lambda2, theta1: initial values; each output channel learns its own. theta_1 must be
         large: k lies in (0, 1]. A lambda of zero stays zero, but becomes NaN (its logarithm is
-        infinite) under weight decay or in an average of weights.
+        infinite) under Adam's weight decay or in an average of weights.
     iterations=0 is the mean vote, without routing.
     """
 
@@ -153,9 +155,9 @@ class SimilarityRouting(Routing):
 
     def similarity(self, mu, votes):
         """Eq. 15: k(mu, v_i) = sum_q w_q exp(-||mu - v_i||^2 / (2 sigma_q^2)), (I, O, N)."""
-        d2, exponents = (votes - mu).square().sum(2), -0.5 * (-2 * self.log_width).exp()
-        weights = self.kernel_logit.softmax(0)
-        return sum(w * (e * d2).exp() for w, e in zip(weights, exponents))
+        d2 = (votes - mu).square().sum(2)
+        weights, factors = self.kernel_logit.softmax(0), -0.5 * (-2 * self.log_width).exp()
+        return sum(w * (f * d2).exp() for w, f in zip(weights, factors))
 
     def lambdas(self):
         return self.log_lambda.exp().unsqueeze(-1)  # (2, O, 1)
@@ -185,7 +187,7 @@ def mlp(*sizes: int) -> nn.Sequential:
 class ConnectionistRouting(Routing):
     """Section 4.2, Algorithm 2: one LSTM cell reads all votes, iteration after iteration.
 
-    For each vote, in each iteration, and at the end Eq. 14:
+    For each vote and iteration; at the end the last line, Eq. 14:
 
         x = [mu_j, v_ij, a_i, c_ij]
         h, s = cell(x, (h, s))
@@ -201,7 +203,7 @@ class ConnectionistRouting(Routing):
         super().__init__(out_channels, iterations)
         entries = pose_size**2
         self.cell = nn.LSTMCell(2 * entries + 2, hidden_size)
-        with torch.no_grad():  # PyTorch's assume entries near 1; those of votes are near 1/8
+        with torch.no_grad():  # PyTorch's are small for votes, whose entries are near 1/8
             self.cell.weight_ih[:, : 2 * entries] *= math.sqrt(entries)
         self.phi = mlp(hidden_size, *phi, 1)
         self.psi = mlp(hidden_size, *psi, 1)
@@ -251,7 +253,7 @@ class PrimaryCaps(nn.Module):
 
 
 class ConvCaps(nn.Module):
-    """Convolutional capsules in 1, 2 or 3 dimensions, without padding.
+    """Convolutional capsules in 1, 2 or 3 dimensions: W is the same at all positions; no padding.
 
     kernel_size, stride: a number, or one for each spatial dimension.
     routing: a `Routing` made for as many out_channels and the same pose_size.
@@ -280,8 +282,8 @@ class ConvCaps(nn.Module):
         windows = [[slice(k, n - size + k + 1, step) for k in range(size)]
                    for n, size, step in zip(x.shape[2:], self.kernel_size, self.stride)]
         # Slices, not unfold: torch 2.13 compiles its backward wrongly for more than one thread.
-        x = torch.stack([x[:, :, *window] for window in product(*windows)], 2).flatten(1, 2)
-        dims = len(windows)  # (B, I, *out, ...)
+        x = torch.stack([x[:, :, *window] for window in product(*windows)], 2)
+        x, dims = x.flatten(1, 2), len(windows)  # (B, I, *out, ...)
         return x.transpose(0, 1).flatten(1, 1 + dims).movedim(1, -1), x[:, 0].shape[:1 + dims]
 
     def forward(self, pose, logit):
@@ -294,7 +296,7 @@ class ConvCaps(nn.Module):
         index = torch.arange(logit.numel(), device=logit.device).view(logit.shape)
         fields = (self.receptive_fields(index)[0], logit.numel())  # for EM and dynamic routing
         votes = compute_votes(pose, self.weight)
-        votes = votes.to(self.weight.dtype)  # routing needs more bits than autocast's bfloat16 has
+        votes = votes.to(self.weight.dtype)  # distances need more bits than autocast's bfloat16
         routed = self.routing(votes, log_a.to(votes.dtype).unsqueeze(1), fields)
         shapes = [votes[0].shape, votes[0, :, 0].shape, votes[:, :, 0].shape]
         assert [x.shape for x in routed] == shapes, f"mu, logit, c of routing: expected {shapes}"
@@ -305,7 +307,7 @@ class ConvCaps(nn.Module):
 
 # ------------------------------------------------------------------------------ the network
 
-ROUTINGS = {  # with Table 2: what is not the procedure's default in caps1, caps2 and class_caps
+ROUTINGS = {  # with what is not the procedure's default in caps1, caps2 and class_caps (Table 2)
     "similarity": (SimilarityRouting, {}, {}, dict(num_kernels=10, theta1=60.0)),
     "connectionist": (ConnectionistRouting, {}, dict(phi=(32, 32), psi=(64, 64)),
                       dict(phi=(64, 64), psi=(124, 124)))}
@@ -316,8 +318,8 @@ class CapsNet(nn.Module):
 
     image_shape: (channels, *spatial), one to three spatial dimensions of 17 or more each; of grey
         images (1, height, width).
-    pose_size: P, 2 or more: of a single entry the norm would leave only the sign.
-    routing: one of ROUTINGS; routing_options go to the routing of all three layers: iterations=2.
+    pose_size: P, 2 or more: for 1 the norm leaves only a sign.
+    routing: one of ROUTINGS; routing_options go to that of all three layers, as iterations=2.
     channels: of the convolution and of the three capsule layers below the classes.
 
     images (B, *image_shape) -> poses (B, num_classes, P, P), logits (B, num_classes)
@@ -345,7 +347,7 @@ class CapsNet(nn.Module):
         self.primary = PrimaryCaps(features, primary, pose_size, dims)
         self.caps1 = caps(primary, hidden1, sizes[0], kernel_size=3, stride=2)
         self.caps2 = caps(hidden1, hidden2, sizes[1], kernel_size=3)
-        self.class_caps = caps(hidden2, num_classes, sizes[2], kernel_size=grid)  # all of it
+        self.class_caps = caps(hidden2, num_classes, sizes[2], kernel_size=grid)  # the whole grid
 
     def forward(self, images):
         assert images.shape[1:] == self.image_shape, (images.shape, self.image_shape)
@@ -355,9 +357,9 @@ class CapsNet(nn.Module):
         return pose.flatten(1, -3), logit.flatten(1)  # the classes' grid is a single cell
 
     def parameter_groups(self, lr):
-        """For an optimizer: routing's own parameters, which have further to go than W, learn at
-        five times the rate; not its kernels, which at that rate soon are far narrower or wider than
-        all distances, where k is the same for all votes and its gradient next to nothing."""
+        """For an optimizer: routing's own parameters have further to go than W and learn at five
+        times the rate; not its kernels, which at that rate soon are far narrower or wider than all
+        distances, where k is the same for all votes and its gradient next to nothing."""
         own = lambda name: ".routing." in name and not name.endswith(("kernel_logit", "log_width"))
         return [{"params": [p for name, p in self.named_parameters() if own(name) == fast],
                  "lr": 5 * lr if fast else lr} for fast in (False, True)]
@@ -375,12 +377,12 @@ def log_softmax_over_parents(logits: Tensor, fields) -> Tensor:
     """
     if fields is None:
         return logits.log_softmax(1)
-    slots, num_inputs = fields
-    here, index = logits.logsumexp(1).flatten(), slots.flatten()  # the parents at one position
+    inputs, num_inputs = fields
+    here, index = logits.logsumexp(1).flatten(), inputs.flatten()  # the parents at one position
     top = here.new_full((num_inputs,), -math.inf)
     top = top.scatter_reduce(0, index, here.detach(), "amax")[index]
     total = here.new_zeros(num_inputs).index_add(0, index, (here - top).exp())[index]
-    return logits - (total.log() + top).view_as(slots).unsqueeze(1)
+    return logits - (total.log() + top).view_as(inputs).unsqueeze(1)
 
 
 class EMRouting(Routing):
@@ -389,8 +391,7 @@ class EMRouting(Routing):
     r_ij = R_ij a_i is the weight of vote i in cluster j, and c = r / sum_i r, so that the mean of
     the M-step is Eq. 4. R is normalised over all parents of an input; at first they are equal.
     The activation's lambda is inverse_temperature * (1 - 0.95^(t+1)) in iteration t = 0, 1, ...
-    Its paper has 3 iterations and 0.01, which in short trials fitted smallNORB worse, other votes
-    than Eq. 1 and the spread loss.
+    Its paper has 3 iterations and 0.01 (worse here, in short trials), other votes, the spread loss.
     """
 
     def __init__(self, out_channels, pose_size=4, iterations=2, inverse_temperature=0.03):
@@ -404,7 +405,7 @@ class EMRouting(Routing):
         for t in range(self.iterations):
             # E-step: R_ij = a_j p_ij / sum_k a_k p_ik
             if t:  # p without the factor (2 pi)^(-D/2)
-                log_ap = F.logsigmoid(logit) - log_sigma.sum(1) - 0.5 * (d2 / variance).sum(2)
+                log_ap = F.logsigmoid(logit) - (log_sigma + 0.5 * d2 / variance).sum(2)
             log_r = log_softmax_over_parents(log_ap, fields) + log_a  # (I, O, N)
             # M-step
             c = log_r.softmax(0)
@@ -413,8 +414,8 @@ class EMRouting(Routing):
             variance = update_pose(c, d2) + 1e-5  # (O, D, N)
             log_sigma = 0.5 * variance.log()
             cost = (self.beta_u[:, None, None] + log_sigma).sum(1) * log_r.exp().sum(0)
-            temperature = self.inverse_temperature * (1 - 0.95 ** (t + 1))
-            logit = temperature * (self.beta_a[:, None] - cost)  # (O, N)
+            inverse = self.inverse_temperature * (1 - 0.95 ** (t + 1))
+            logit = inverse * (self.beta_a[:, None] - cost)  # (O, N)
         return mu, logit, c
 
 
@@ -423,9 +424,9 @@ class DynamicRouting(Routing):
 
     The pose is squash(s_j), s_j = sum_i c_ij v_ij, and its length is the activation: so the votes
     of an input are multiplied by a_i. c sums to 1 over the parents.
-    gain: a further factor of the votes, not in the paper. Those of Eq. 1 are short, and what is
-        short squash makes shorter, ||s_j||^2 long or nearly: without a gain, poses of an untrained
-        network are 0.02 long in caps1, 0.0005 in caps2.
+    gain: a further factor of the votes, not in the paper. Those of Eq. 1 are short, and squash
+        makes a short s about ||s||^2 long: without a gain, poses of an untrained network are 0.02
+        long in caps1, 0.0005 in caps2.
     """
 
     def __init__(self, out_channels, pose_size=4, iterations=3, gain=10.0):
