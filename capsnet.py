@@ -114,7 +114,7 @@ def routing_objective(similarity, compatibility, log_a, lambda1, lambda2) -> Ten
     similarity, compatibility, log_a (I, ...) -> (...). lambda1 draws c to equal shares, lambda2 to
     shares in proportion to a. Routing alternates between the best c for the poses, Eq. 11, and the
     best poses for c: Eq. 4, if k is -||mu - v||^2. With the k of Eq. 15 that is an approximation
-    and may raise J, which `mean_shift` does not.
+    and may raise J (the step that never does is in results/figures).
     """
     c, c_log_c = compatibility, torch.xlogy(compatibility, compatibility)  # 0 log 0 = 0
     penalty = lambda1 * (c_log_c + c * math.log(len(c))) + lambda2 * (c_log_c - c * log_a)
@@ -447,19 +447,3 @@ class DynamicRouting(Routing):
 
 
 ROUTINGS |= {"em": (EMRouting, {}, {}, {}), "dynamic": (DynamicRouting, {}, {}, {})}
-
-
-# ------------------------------------------------------------------------------ beyond the paper
-
-
-def mean_shift(routing: SimilarityRouting, mu, votes, compatibility) -> Tensor:
-    """mu <- sum c_i g_i v_i / sum c_i g_i, with g_i = -dk/d(||mu - v_i||^2), for Eq. 15.
-
-    In place of Eq. 4, though no network here uses it. It lowers `routing_objective` or leaves it,
-    since k is convex in the squared distance (minorise-maximise). In logarithms, so that the ratio
-    is exact where all g_i underflow. Its gradient needs c > 0.
-    """
-    d2 = (votes - mu).square().sum(2).unsqueeze(-1)  # (I, O, N, Q)
-    log_precision = -2 * routing.log_width
-    log_g = (routing.kernel_logit + log_precision - 0.5 * d2 * log_precision.exp()).logsumexp(-1)
-    return update_pose((compatibility.log() + log_g).softmax(0), votes)  # g up to a factor

@@ -13,7 +13,6 @@ import io
 import math
 import os
 import sys
-import zlib
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -76,10 +75,7 @@ def load(name, data_dir="datasets", cameras=1):
     else:
         arrays, half = [_read(folder, *file) for file in FILES[name]], len(FILES[name]) // 2
         splits = tuple(_dataset(name, cameras, *part) for part in (arrays[:half], arrays[half:]))
-    try:
-        save(cache, {"train": tuple(splits[0]), "test": tuple(splits[1])})
-    except OSError as error:
-        print(f"warning: no cache: {error}", file=sys.stderr)
+    save(cache, {"train": tuple(splits[0]), "test": tuple(splits[1])})
     return splits
 
 
@@ -120,28 +116,24 @@ MIRROR = {"smallnorb": "https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/",
           "mnist": "https://ossci-datasets.s3.amazonaws.com/mnist/"}
 
 
-def _download(path, sha256):
-    name, url = path.parent.name, MIRROR[path.parent.name] + path.name
-    print(f"downloading {url}", file=sys.stderr)
-    try:
-        torch.hub.download_url_to_file(url, str(path), sha256)
-    except Exception as error:  # of the network or the disk, or a wrong hash: cut off, say
-        reason, names = " ".join(str(error).split()), ", ".join(file for file, *_ in FILES[name])
-        raise DataError(f"{url}: download failed ({reason}); put in {path.parent}: {names}")
-
-
 def _read(folder, name, header, dtype, shape, sha256):
     """The array of a published file, raw or .gz; downloaded if it is not there."""
-    raw, packed = folder / name, folder / (name + ".gz")
-    path = raw if raw.exists() else packed
+    path = folder / name
     if not path.exists():
-        _download(path, sha256)
+        path = folder / (name + ".gz")
+    if not path.exists():
+        url, names = MIRROR[folder.name] + path.name, ", ".join(n for n, *_ in FILES[folder.name])
+        print(f"downloading {url}", file=sys.stderr)
+        try:
+            torch.hub.download_url_to_file(url, str(path), sha256)
+        except Exception as error:  # no network, a full disk, or another hash, as when cut off
+            raise DataError(f"{url}: download failed ({error}); put in {folder}: {names}")
+    content = path.read_bytes()
     try:
-        content = path.read_bytes()
         if content[:2] == b"\x1f\x8b":  # not by its name: browsers may unpack a .gz
             content = gzip.decompress(content)
         return np.frombuffer(content, dtype, offset=header).reshape(shape)
-    except (EOFError, ValueError, zlib.error, gzip.BadGzipFile) as error:
+    except Exception as error:  # of gzip, zlib or numpy
         raise DataError(f"{path}: not as published ({error}); replace or remove it") from error
 
 
@@ -173,9 +165,8 @@ def standardise(images):
 
 
 def crops(images, size, per_side=1):
-    """The per_side x per_side windows (B, C, size, size) of (B, C, H, W), row by row: the middles
-    of equal parts of all places, so that per_side=1 is the central crop. size is at most H and W.
-    """
+    """The per_side x per_side windows (B, C, size, size) of (B, C, H, W), row by row, in the
+    middles of per_side equal intervals: 1 is the central crop. size is at most H and W."""
     tops, lefts = ([(n - size) * (2 * i + 1) // (2 * per_side) for i in range(per_side)]
                    for n in images.shape[2:])
     return [images[:, :, top:top + size, left:left + size] for top in tops for left in lefts]

@@ -72,9 +72,9 @@ def tiny_net(name):
     return CapsNet((1, 17, 19), 3, name, channels=(4, 2, 3, 2), pose_size=2).eval()
 
 
-def gradients(outputs, directions, inputs):
+def gradients(outputs, directions, inputs, keep=True):
     projection = sum((x * d).sum() for x, d in zip(outputs, directions))
-    return grad(projection, inputs, allow_unused=True, materialize_grads=True, retain_graph=True)
+    return grad(projection, inputs, retain_graph=keep, allow_unused=True, materialize_grads=True)
 
 
 def assert_same(actual, expected, inputs):
@@ -238,38 +238,16 @@ def test_limits_of_the_lambdas():
         torch.testing.assert_close(c, expected, rtol=0, atol=1e-6)
 
 
-def objectives(routing, step, votes, log_a, steps=8):
-    """J after every half-step of the alternation, (2 * steps, O, N)."""
-    mu, js = votes.mean(0), []
-    for _ in range(steps):
-        c, _ = routing.compatibility(mu, votes, log_a, None, None)
-        for half_step in (mu, step(routing, mu, votes, c)):
-            mu, k = half_step, routing.similarity(half_step, votes)
-            js.append(cn.routing_objective(k, c, log_a, *routing.lambdas()))
-    return torch.stack(js)
-
-
 @torch.no_grad()
-def test_mean_shift_never_raises_the_objective_even_where_every_gaussian_underflows():
-    routing = small_routing("similarity", outputs=50)
-    routing.log_lambda.uniform_(-5, 2)
-    votes = torch.logspace(-2, 3, 40).double() * rand(7, 50, 3, 40)
-    log_a = torch.rand(7, 1, 40).double().log()
-    assert (routing.similarity(votes.mean(0), votes) == 0).all(0).any()
-    js = objectives(routing, cn.mean_shift, votes, log_a)
-    assert (js.diff(dim=0) <= 1e-12 * js[1:].abs().clamp_min(1)).all()
-    assert (js[-1] < js[0] - 0.1).any()
-
-
-@torch.no_grad()
-def test_the_papers_mean_can_raise_the_objective_where_mean_shift_lowers_it():
+def test_the_papers_mean_can_raise_the_objective():
     """Three votes agree; the outlier's activation drags the mean away from all four."""
     votes = torch.tensor([0.0, 0.0, 0.0, 3.0]).double().view(4, 1, 1, 1)
     log_a = torch.tensor([0.2, 0.2, 0.2, 0.4]).double().log().view(4, 1, 1)
-    routing = cn.SimilarityRouting(1, 4, 3, 1, (1, 1), lambda1=1e-3, lambda2=100.0).double()
-    mean = lambda routing, mu, votes, c: cn.update_pose(c, votes)
-    assert objectives(routing, mean, votes, log_a, 1).diff(dim=0) > 0.1
-    assert objectives(routing, cn.mean_shift, votes, log_a, 1).diff(dim=0) < -0.01
+    routing = cn.SimilarityRouting(1, 4, 1, 1, (1, 1), lambda1=1e-3, lambda2=100.0).double()
+    mu, _, c = routing(votes, log_a)
+    before, after = (cn.routing_objective(routing.similarity(x, votes), c, log_a,
+                                          *routing.lambdas()) for x in (votes.mean(0), mu))
+    assert after > before + 0.1
 
 
 def test_shares_of_parents_of_apart_fields_and_of_logits_whose_exponentials_overflow():
@@ -422,11 +400,7 @@ def test_batch_of_one_or_none_equals_the_same_images_in_a_batch(name):
     torch.testing.assert_close(one_by_one, logits)
     net.to(memory_format=torch.channels_last)
     torch.testing.assert_close(net(images), (poses, logits))
-    assert net.bfloat16()(images.bfloat16())[1].isfinite().all()
     assert logits.dtype == torch.float64 and logits.std(0).min() > 1e-6
-    with torch.device("meta"):
-        net = CapsNet((1, 17, 17), 3, name)
-    assert net(torch.empty(2, 1, 17, 17, device="meta"))[1].shape == (2, 3)
 
 
 def call_a_routing_that_loses_an_axis():
@@ -458,13 +432,6 @@ def test_poses_shorter_than_1e4_are_taken_for_noise():
     torch.testing.assert_close(short, 0.1 * whole)
 
 
-def run(layer, *inputs):
-    """-> outputs, and all gradients of a projection of them, the same at each call."""
-    outputs = list(layer(*inputs))
-    projection = sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in outputs)
-    return outputs, grad(projection, [*inputs, *layer.parameters()])
-
-
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 @every_routing
 def test_compiled_for_several_threads_as_in_train_a_layer_is_the_plain_one(name):
@@ -477,10 +444,12 @@ def test_compiled_for_several_threads_as_in_train_a_layer_is_the_plain_one(name)
     torch.set_num_threads(max(2, threads))
     inputs = [torch.randn(2, 16, 6, 6, 4, 4, requires_grad=True),
               torch.randn(2, 16, 6, 6, requires_grad=True)]
-    expected, slopes = run(plain, *inputs)
-    actual, others = run(fast, *inputs)
+    expected, actual = plain(*inputs), fast(*inputs)
+    directions = [torch.randn_like(x) for x in expected]
+    slopes, others = (gradients(outputs, directions, [*inputs, *layer.parameters()], keep=False)
+                      for layer, outputs in ((plain, expected), (fast, actual)))
     torch.set_num_threads(threads)
-    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(actual, list(expected), rtol=1e-3, atol=1e-4)
     largest = max(x.abs().max() for x in slopes)  # the last bias of phi has 0, up to rounding
     for a, b in zip(others, slopes, strict=True):
         assert (a - b).abs().max() < 1e-3 * b.abs().max() + 1e-5 * largest, a.shape
@@ -492,7 +461,7 @@ def use_backend(monkeypatch, backend):
         module, backend=backend, **options))
 
 
-def test_any_number_of_networks_is_compiled_and_they_stay_ordinary_modules(monkeypatch):
+def test_any_number_of_networks_is_compiled_and_keeps_its_weights(monkeypatch):
     graphs, images = [], torch.randn(2, 1, 17, 19)
     use_backend(monkeypatch, lambda graph, inputs: graphs.append(graph) or graph.forward)
     for _ in range(3):
@@ -501,12 +470,6 @@ def test_any_number_of_networks_is_compiled_and_they_stay_ordinary_modules(monke
     assert len(graphs) == 3 * 2 * 2  # two layers, with and without gradients
     weights = zip(net.state_dict().values(), fast.state_dict().values(), strict=True)
     assert all(torch.equal(*pair) for pair in weights)
-    torch.save(fast, io.BytesIO())
-    copied = copy.deepcopy(fast)  # computes with weights of its own
-    with torch.no_grad():
-        for p in *copied.parameters(), *net.parameters():
-            p.mul_(1.1)
-    torch.testing.assert_close(copied(images)[1], net(images)[1])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -709,11 +672,9 @@ def test_a_bad_cache_is_named_and_runs_nothing_and_a_good_one_serves_alone(
     assert same(data.load("mnist", tmp_path), splits)
 
 
-def test_toys_and_no_place_for_their_cache(tmp_path, monkeypatch, capsys):
+def test_toys(tmp_path, monkeypatch):
     monkeypatch.setattr(data.render_toys, "__defaults__", (2,))  # views
-    monkeypatch.setattr(os, "replace", lambda *paths: os.rmdir(tmp_path / "absent"))  # an OSError
     train, test = data.load("toys", tmp_path)
-    assert "warning: no cache" in capsys.readouterr().err and not os.listdir(tmp_path / "toys")
     assert train.images.shape == (100, 1, 40, 40) and train.labels.bincount().tolist() == [20] * 5
     assert not set(train.instances.tolist()) & set(test.instances.tolist())
     assert len(train.images.flatten(1).unique(dim=0)) == 100  # no two alike
@@ -813,7 +774,7 @@ def test_a_run_learns_and_stopped_resumed_and_prolonged_it_takes_the_same_steps(
         return step(self, *args)
 
     def pasted(text):
-        return shlex.split(re.search(f"{text}: python (.*)", capsys.readouterr().out)[1])[1:]
+        return shlex.split(re.search(f"{text}: (.*)", capsys.readouterr().out)[1])[2:]
 
     monkeypatch.setattr(torch.optim.Adam, "step", stop_at_10_of_the_second)
     monkeypatch.setattr(train, "SHOW_SECONDS", 0)  # so it saves after every step
@@ -840,9 +801,11 @@ def test_a_run_learns_and_stopped_resumed_and_prolonged_it_takes_the_same_steps(
     scored = json.loads((cut / "result.json").read_text())
     assert f"test error {scored['test_error']:.2f} %" in capsys.readouterr().out
     assert scored["settings"]["option"] == [["num_kernels", 3], ["lambda1", 0.3]]
-    for options, words in ("--epochs 4", "has 5 epochs"), ("--validate 1", "had 24 training"):
-        with pytest.raises(AssertionError, match=f"checkpoint.pt {words}"):
+    for options, words in ("--epochs 4", "has 5 epochs"), ("--validate 1", "another .'validate'"):
+        with pytest.raises(AssertionError, match=f"checkpoint.pt.* {words}"):
             train.main([*resume, *options.split()])
+    copied = str(shutil.copy(cut / "checkpoint.pt", cut / "copy.pt"))
+    assert "expected checkpoint.pt" in refusal_of(lambda: train.parse(["--resume", copied]))
 
 
 def test_files_that_are_no_weights_are_refused_and_run_nothing(tmp_path, monkeypatch):
@@ -863,7 +826,6 @@ def test_a_folder_that_holds_a_run_is_left_alone(small_mnist, tmp_path, monkeypa
     run, = Path("runs").iterdir()
     weights = run / "weights.pt"
     before = weights.read_bytes()
-    assert "expected checkpoint.pt" in refusal_of(lambda: train.main(["--resume", str(weights)]))
     with pytest.raises(FileExistsError):
         train.main([*small_mnist, "--out", str(run)])
     assert weights.read_bytes() == before

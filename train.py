@@ -3,9 +3,8 @@
 A run has a folder of its own: checkpoint.pt, saved every ten seconds, which `--resume` continues;
 metrics.csv, a line per epoch; and in the end weights.pt, which `--eval` scores, and result.json.
 
-Protocol: settings are chosen with `--validate INSTANCE`, on training toys held out whole; the
-exceptions are in results/README.md (the number of epochs, and what the demo's toys look like).
-Without it all training images are used, and the test set is looked at once, at the end.
+Protocol: settings are chosen with `--validate INSTANCE`, on training toys held out whole (but for
+the exceptions in results/README.md). Without it the test set is looked at, once, at the end.
 
 Where training departs from the paper:
 
@@ -25,9 +24,8 @@ import sys
 import time
 from pathlib import Path
 
-if "OMP_WAIT_POLICY" not in os.environ:  # before torch: Linux's threads (GNU OpenMP) wait by
-    # spinning, which takes the core from another program for so long that two runs at once stand.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Before torch, whose threads wait by spinning on Linux: two runs at once come to a standstill.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 import torch.nn.functional as F
@@ -66,8 +64,8 @@ def parse(argv=None):
     add("--crops", type=int, default=1, help="score N x N crops, 1: the central one")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
     add("--compile", action=argparse.BooleanOptionalAction, default=True,
-        help="faster, after a minute or two; goes without where it cannot")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to run on")
+        help="faster, after a minute or two; uncompiled where compiling fails")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="such as cuda:1")
     add("--data-dir", type=os.path.abspath, default="datasets", help="of the data sets")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--out", type=Path, help="new folder for the run, if not one in runs/")
@@ -75,14 +73,17 @@ def parse(argv=None):
     add("--eval", type=Path, metavar="WEIGHTS", help="score these weights again")
     args, checkpoint = parser.parse_args(argv), None
     if path := args.resume or args.eval:
+        kind, part = ("checkpoint.pt", "optimizer") if args.resume else ("weights.pt", "model")
         try:
+            assert args.eval or path.name == kind  # a copy would overwrite what it is a copy of
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            settings = checkpoint["settings"]
-            settings["dataset"], checkpoint["optimizer" if args.resume else "model"]
+            settings, _ = checkpoint["settings"], checkpoint[part]
+            settings["dataset"]
         except Exception as error:  # the unpickler may raise anything on a damaged or foreign file
-            kind = "checkpoint.pt" if args.resume else "weights.pt"
             raise data.DataError(f"{path}: expected {kind} of a run ({type(error).__name__})")
-        args = parser.parse_args(argv, argparse.Namespace(**settings))  # but what is given again
+        args = parser.parse_args(argv, argparse.Namespace(**settings))
+        changed = [k for k in settings if vars(args)[k] != settings[k]]
+        assert {*changed} <= {"epochs", "crops"}, f"{path}: the run was with another {changed}"
     args.epochs = EPOCHS[args.dataset] if args.epochs is None else args.epochs
     args.lr = LR.get(args.routing, 3e-3) if args.lr is None else args.lr
     return args, checkpoint
@@ -116,7 +117,7 @@ def speed_up(net, images, args):
             fast.forward(images)
         if not args.eval:
             fast(images)[1].sum().backward()
-    except Exception as error:  # whatever a compiler can do wrong: PyTorch would print thousands
+    except Exception as error:  # whatever a compiler can do wrong, in thousands of lines
         reason = next(filter(str.strip, str(error).splitlines()), type(error).__name__)
         print(f"running uncompiled, which is slower: {reason}", flush=True)
         return net
@@ -135,7 +136,7 @@ def evaluate(net, dataset, args):
         crops = data.crops(data.standardise(images), spec.crop, args.crops)
         # net.forward: on a GPU net(crop) would compile the network again, for every batch size.
         logits = torch.stack([net.forward(crop)[1] for crop in crops])
-        # The mean of the crops' probabilities, as a logarithm: rounding makes no ties there.
+        # The crops' mean probability, in logarithms: near 1, rounding would make ties.
         predicted = logits.log_softmax(2).logsumexp(0).argmax(1)
         confusion += torch.bincount(labels * n + predicted, minlength=n * n).view(n, n).cpu()
     net.train()
@@ -151,7 +152,7 @@ def show(name, error, confusion, classes):
 
 
 def main(argv=None, build=CapsNet):
-    """build: the network's class; of another one than CapsNet, see results/plain_cnn.py."""
+    """build: CapsNet, or another class that takes the same, such as results/plain_cnn.py's."""
     args, checkpoint = parse(argv)
     spec, device, options = data.SPECS[args.dataset], args.device, dict(args.option)
     if args.iterations is not None:
@@ -177,35 +178,33 @@ def main(argv=None, build=CapsNet):
     steps, step, start = args.epochs * per_epoch, 0, time.monotonic()
     sums = torch.zeros(2, device=device)  # over the steps of this epoch: loss, percent of errors
     if args.resume:
-        out, step, images = args.resume.parent, checkpoint["step"], checkpoint["images"]
-        assert images == len(fit.labels), f"{args.resume} had {images} training images, not these"
+        out, step = args.resume.parent, checkpoint["step"]
         assert step <= steps, f"{args.resume} has {step / per_epoch:.4g} epochs behind it"
         optimizer.load_state_dict(checkpoint["optimizer"])
         sums.copy_(checkpoint["sums"])
         start -= checkpoint["seconds"]  # as if the run had never been stopped
     else:
-        stamp = time.strftime("%m%d-%H%M%S")
-        out = args.out or Path(f"runs/{args.dataset}-{args.routing}-{stamp}")
-        out.mkdir(parents=True)  # an error, if it is there: it may hold a run
+        out = args.out or Path(time.strftime(f"runs/{args.dataset}-{args.routing}-%m%d-%H%M%S"))
+        out.mkdir(parents=True)  # fails if the folder is there: it may hold a run
     out, settings = out.resolve(), {k: v for k, v in vars(args).items() if k not in LOCAL}
 
-    local = ["--data-dir", args.data_dir, "--device", device, *["--no-compile"][args.compile:]]
-    program = shlex.join(["python", os.path.abspath(sys.argv[0]), *local])  # to be pasted anywhere
+    again = lambda option, file: shlex.join([  # a command for any folder
+        sys.executable, os.path.abspath(sys.argv[0]), "--data-dir", args.data_dir, "--device",
+        device, *["--no-compile"][args.compile:], option, str(out / file)])
 
     def save():
         data.save(out / "checkpoint.pt", dict(
             settings=settings, model=net.state_dict(), optimizer=optimizer.state_dict(), step=step,
-            sums=sums, images=len(fit.labels), seconds=time.monotonic() - start))
+            sums=sums, seconds=time.monotonic() - start))
 
-    save()  # so that a resumed run takes the same steps, on one CPU thread bit for bit
-    checkpoint, weights = (shlex.quote(str(out / file)) for file in ("checkpoint.pt", "weights.pt"))
+    save()
     print(f"{type(net).__name__} on {args.dataset}: {len(fit.labels)} training images, "
           f"{sum(p.numel() for p in net.parameters())} parameters, {device}\n"
-          f"if it is stopped: {program} --resume {checkpoint}", flush=True)
+          f"if it is stopped: {again('--resume', 'checkpoint.pt')}", flush=True)
 
     for epoch in range(step // per_epoch, args.epochs):
-        # Seeds from epoch and step: no random state has to be saved. With seed 0 the weights, the
-        # first order and the first augmentation come from one number.
+        # Seeds from epoch and step, so that a resumed run takes the same steps, on one CPU thread
+        # bit for bit. At seed 0 weights, first order and first augmentation come from one number.
         torch.manual_seed((1000 * args.seed + epoch) % 2**63)
         order = torch.randperm(len(fit.labels)).to(device).split(size)[:per_epoch]
         first, began, shown = step, time.monotonic(), time.monotonic()
@@ -241,11 +240,11 @@ def main(argv=None, build=CapsNet):
             row["validation_error"], _ = evaluate(net, held_out, args)
             print(f"validation error {row['validation_error']:.2f} %", flush=True)
         row["seconds"] = round(time.monotonic() - start, 1)
+        sums.zero_()
+        save()  # first, for where the disk is full: a row may be missing, but not be there twice
         with open(out / "metrics.csv", "a") as file:
             for line in [row.keys(), row.values()][epoch > 0:]:
                 print(*line, sep=",", file=file)
-        sums.zero_()
-        save()
 
     seconds = round(time.monotonic() - start, 1)
     error, confusion = evaluate(net, held_out, args)
@@ -255,7 +254,7 @@ def main(argv=None, build=CapsNet):
     (out / "result.json").write_text(json.dumps(result) + "\n")
     # From the CPU, so that torch.load opens them on a machine without this device.
     data.save(out / "weights.pt", {"settings": settings, "model": net.cpu().state_dict()})
-    print(f"all files in {out}; to score again: {program} --eval {weights}")
+    print(f"all files in {out}; to score again: {again('--eval', 'weights.pt')}")
 
 
 def command_line(build=CapsNet):
@@ -263,10 +262,8 @@ def command_line(build=CapsNet):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         main(build=build)
-    except (data.DataError, OSError) as error:
-        sys.exit(f"train.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("train.py: interrupted")
+    except (data.DataError, OSError, KeyboardInterrupt) as error:
+        sys.exit(f"train.py: {str(error) or 'interrupted'}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the project's folder
 import data
-from capsnet import CapsNet, SimilarityRouting, mean_shift, routing_objective, update_pose
+from capsnet import CapsNet, SimilarityRouting, routing_objective, update_pose
 
 HERE = Path(__file__).parent
 RUNS = {"toys": HERE.parent / "toys-similarity/weights.pt",
@@ -68,6 +68,18 @@ def consensus():
         ax.set_title(title)
     figure.colorbar(dots, ax=axes, label="activation of the input")
     save("consensus.png")
+
+
+def mean_shift(routing, mu, votes, compatibility):
+    """mu <- sum c_i g_i v_i / sum c_i g_i, with g_i = -dk/d(||mu - v_i||^2), for Eq. 15.
+
+    In place of Eq. 4. It lowers `routing_objective` or leaves it, since k is convex in the squared
+    distance (minorise-maximise). In logarithms: exact where all g_i underflow.
+    """
+    d2 = (votes - mu).square().sum(2).unsqueeze(-1)  # (I, O, N, Q)
+    log_precision = -2 * routing.log_width
+    log_g = (routing.kernel_logit + log_precision - 0.5 * d2 * log_precision.exp()).logsumexp(-1)
+    return update_pose((compatibility.log() + log_g).softmax(0), votes)  # g up to a factor
 
 
 @torch.no_grad()
