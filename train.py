@@ -100,7 +100,7 @@ class OneByOne(ConvCaps):
 def speed_up(net, images, args):
     """The network, or a compiled copy; `images`: a batch like those that it will see."""
     torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions do anyway
-    if not images.is_cuda:
+    if images.is_cpu:
         for layer in [m for m in net.modules() if isinstance(m, ConvCaps)][:-1]:
             layer.__class__ = OneByOne  # not class_caps, which has 2 % of the votes
     if not args.compile:
