@@ -10,10 +10,10 @@ Glossary (EM paper: Hinton et al., ICLR 2018; dynamic paper: Sabour et al., Neur
 
     code              symbol      where    what it is
     pose, mu          M_i, mu_j            what a capsule says about its part: a P x P matrix
-    logit, log_a      a_i, a_j             of an activation: a = sigmoid(logit), log a finite
+    logit, log_a      a_i, a_j             the activation a = sigmoid(logit); log_a is finite
     weight            W_ij        Eq. 1    takes the pose of input i to its vote for output j
     votes             v_ij        Eq. 1    what i predicts for the pose of j
-    c, compatibility  c_ij        Eq. 3    share of vote i in the pose of j; its sum over i is 1
+    c, compatibility  c_ij        Eq. 3    share of vote i in mu_j: sums to 1 over i (dynamic: j)
     k, similarity     k(mu, v)    Eq. 15   a mixture of Gaussians of the distance
 
 Axes, the same letters everywhere
@@ -25,17 +25,18 @@ Axes, the same letters everywhere
 Between layers poses are (B, C, *grid, P, P), logits (B, C, *grid). Inside a layer the inputs come
 first and the receptive fields last: Eq. 1 is then one batched product that copies no votes.
 
-What makes them capsules: if all poses of a layer's inputs turn, M_i R with an orthogonal R, then
-the poses of its outputs turn alike, mu_j R, while c and activations stay. For similarity and
-dynamic routing that is exact; EM (a variance for each entry) and an LSTM can only learn it.
+What makes them capsules is equivariance: if all input poses of a layer become M_i R, R orthogonal,
+its output poses become mu_j R, while c and activations do not change. This is exact for similarity
+and dynamic routing; EM (a variance for each entry) and the LSTM can only learn it.
 
 Where this departs from the paper, or chooses what the paper leaves open (training: train.py)
 
     * Before it votes, every pose is divided by its Frobenius norm, as in the author's early
-      versions; his later ones do it with primary poses only. Else votes halve (P = 4) in every
-      layer. So a pose has a norm of at most 1: to regress, say, a rotation, learn a scale.
-    * No coordinates are added to poses: those of the input made errors on new toys larger in short
-      trials; the author's, of the output position and the slot in the field, were not tried.
+      versions; his later ones do it with primary poses only. Otherwise the norms of votes halve
+      (P = 4) in every layer. So no pose has a norm above 1: one to be regressed needs a scale.
+    * No coordinates are added to poses. In short trials those of the input raised the error on new
+      toys; the author's (output position, slot in the field) were not tried.
+    * Primary poses have no ReLU (the author's do).
     * lambda1, lambda2 and the kernel widths are learned as logarithms, so they stay positive.
     * lambda1 and lambda2 start at 0.2, theta_1 at 20 (class capsules: 60). With the author's 12 and
       1, and a small theta_1, c stays uniform and all images get nearly the same class logits.
@@ -49,12 +50,12 @@ from itertools import pairwise, product
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 # ------------------------------------------------------------------- votes, and Algorithm 1
 
 
-def compute_votes(pose: Tensor, weight: Tensor) -> Tensor:
+def compute_votes(pose, weight):
     """Eq. 1: v_ij = (W_ij / ||W_ij||_F) M_i.
 
     pose (I, P, P, N), weight (I, O, P, P) -> votes (I, O, D, N). Finite, with its gradient, at
@@ -64,7 +65,7 @@ def compute_votes(pose: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("iopq,iqrn->ioprn", weight, pose).flatten(2, 3)
 
 
-def update_pose(compatibility: Tensor, votes: Tensor) -> Tensor:
+def update_pose(compatibility, votes):
     """Eq. 4: mu = sum_i c_i v_i. (I, O, N), (I, O, D, N) -> (O, D, N)."""
     return (compatibility.unsqueeze(2) * votes).sum(0)
 
@@ -76,12 +77,13 @@ class Routing(nn.Module):
 
     A routing procedure is a subclass that defines `compatibility` and `activation`. `state`, S in
     the paper, is what one call of `compatibility` hands to the next, at first None. EM and dynamic
-    routing replace `forward`: their first c is another, and they need `fields`, see
-    `log_softmax_over_parents`. `CapsNet` finds a procedure in ROUTINGS and constructs it as
-    (out_channels, pose_size, **options).
+    routing replace `forward`: they start from equal shares over an input's parents and need
+    `fields`, see `log_softmax_over_parents`. `CapsNet` finds a procedure in ROUTINGS and constructs
+    it as (out_channels, pose_size, **options). iterations: 1 or more; of similarity routing also 0,
+    the mean vote.
 
         mu, logit, c = SimilarityRouting(5)(torch.randn(72, 5, 16, 2), torch.zeros(72, 1, 2))
-        assert torch.allclose(c.sum(0), torch.ones(5, 2))  # check that of your own, too
+        assert torch.allclose(c.sum(0), torch.ones(5, 2))  # true of your own, too?
     """
 
     def __init__(self, out_channels, iterations):
@@ -108,50 +110,48 @@ class Routing(nn.Module):
 # ------------------------------------------------------------------- Section 4.1: similarity
 
 
-def routing_objective(similarity, compatibility, log_a, lambda1, lambda2) -> Tensor:
+def routing_objective(similarity, compatibility, log_a, lambda1, lambda2):
     """Eq. 2: J = -sum c k + lambda1 sum c log(c I) + lambda2 sum c log(c / a).
 
     similarity, compatibility, log_a (I, ...) -> (...). lambda1 draws c to equal shares, lambda2 to
     shares in proportion to a. Routing alternates between the best c for the poses, Eq. 11, and the
     best poses for c: Eq. 4, if k is -||mu - v||^2. With the k of Eq. 15 that is an approximation
-    and may raise J (the step that never does is in results/figures).
+    and may raise J.
     """
     c, c_log_c = compatibility, torch.xlogy(compatibility, compatibility)  # 0 log 0 = 0
     penalty = lambda1 * (c_log_c + c * math.log(len(c))) + lambda2 * (c_log_c - c * log_a)
     return (penalty - c * similarity).sum(0)
 
 
-def update_compatibility(similarity: Tensor, log_a: Tensor, lambda1, lambda2) -> Tensor:
+def update_compatibility(similarity, log_a, lambda1, lambda2):
     """Eq. 11: the c that minimises `routing_objective` for fixed poses.
 
     similarity (I, ...), log_a (I, ...) -> (I, ...); the lambdas broadcast against these.
     Softmax over the first axis, the *input* capsules: every output capsule spreads one unit of
     attention over its votes. (EM and dynamic routing share out an input over its parents instead.)
     """
-    total = lambda1 + lambda2  # in two fractions: as one it is slower, scoring 0.86 times as fast
+    total = lambda1 + lambda2  # in two fractions: compiled, one makes scoring 0.86 times as fast
     return (similarity / total + lambda2 / total * log_a).softmax(0)
 
 
 class SimilarityRouting(Routing):
     """Section 4.1: routing by alternation on an objective (Eq. 2) whose parameters are learned.
 
-    num_kernels: Q of Eq. 15, one set for all channels; their widths start evenly in logarithm
-        between the two of `widths`, a single one at the first.
+    num_kernels: Q of Eq. 15, shared by all channels; the sigma_q start evenly spaced in logarithm
+        from the first to the second of `widths` (a single one at the first).
     lambda1, lambda2, theta1: initial values; each output channel learns its own. theta_1 must be
-        large: k lies in (0, 1]. A lambda of zero stays zero, but becomes NaN (its logarithm is
-        infinite) under Adam's weight decay or in an average of weights.
-    iterations=0 is the mean vote, without routing.
+        large: k lies in (0, 1]. One lambda may be zero, and stays so, but becomes NaN (its
+        logarithm is infinite) under Adam's weight decay or in an average of weights.
     """
 
     def __init__(self, out_channels, pose_size=4, iterations=3, num_kernels=4, widths=(0.1, 1.0),
                  lambda1=0.2, lambda2=0.2, theta1=20.0):
         super().__init__(out_channels, iterations)
-        first, last = (math.log(width) for width in widths)
         lambdas, theta = torch.tensor([lambda1, lambda2]), torch.tensor([theta1, 0.0, 1.0])
         self.log_lambda = nn.Parameter(lambdas.log()[:, None].repeat(1, out_channels))
         self.theta = nn.Parameter(theta[:, None].repeat(1, out_channels))
         self.kernel_logit = nn.Parameter(torch.zeros(num_kernels))
-        self.log_width = nn.Parameter(torch.linspace(first, last, num_kernels))
+        self.log_width = nn.Parameter(torch.linspace(*map(math.log, widths), num_kernels))
 
     def similarity(self, mu, votes):
         """Eq. 15: k(mu, v_i) = sum_q w_q exp(-||mu - v_i||^2 / (2 sigma_q^2)), (I, O, N)."""
@@ -175,7 +175,7 @@ class SimilarityRouting(Routing):
 # --------------------------------------------------------------- Section 4.2: connectionist
 
 
-def mlp(*sizes: int) -> nn.Sequential:
+def mlp(*sizes):
     """Linear layers with ReLU between them, in He initialisation."""
     layers = [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o), nn.ReLU())]
     for linear in layers[::2]:
@@ -187,12 +187,9 @@ def mlp(*sizes: int) -> nn.Sequential:
 class ConnectionistRouting(Routing):
     """Section 4.2, Algorithm 2: one LSTM cell reads all votes, iteration after iteration.
 
-    For each vote and iteration; at the end the last line, Eq. 14:
-
-        x = [mu_j, v_ij, a_i, c_ij]
-        h, s = cell(x, (h, s))
-        c = softmax_i(phi(h))
-        logit = psi(sum_i c_ij s_ij)
+        h_ij, s_ij = cell([mu_j, v_ij, a_i, c_ij], (h_ij, s_ij))   # the hidden and the cell state
+        c_ij = softmax_i(phi(h_ij))
+        logit_j = psi(sum_i c_ij s_ij)                             # Eq. 14, after the iterations
 
     The cell is written out below, so that the product of its weights and v_ij, which is the same in
     each iteration, is taken once, and that of mu_j once for all i.
@@ -210,16 +207,16 @@ class ConnectionistRouting(Routing):
 
     def compatibility(self, mu, votes, log_a, c, state):
         cell, entries = self.cell, mu.shape[1]
-        of_mu, of_vote, of_a, of_c = cell.weight_ih.split((entries, entries, 1, 1), 1)
-        of_a, of_c, bias = (x.view(-1, 1, 1, 1) for x in (of_a, of_c, cell.bias_ih + cell.bias_hh))
+        w_mu, w_vote, w_a, w_c = cell.weight_ih.split((entries, entries, 1, 1), 1)
+        w_a, w_c, bias = (x.view(-1, 1, 1, 1) for x in (w_a, w_c, cell.bias_ih + cell.bias_hh))
         if state is None:  # fixed: what v and a add to the gates, the same in all iterations
-            fixed = torch.einsum("gd,iodn->gion", of_vote, votes) + of_a * log_a.exp() + bias
+            fixed = torch.einsum("gd,iodn->gion", w_vote, votes) + w_a * log_a.exp() + bias
             recurrent = s = 0  # h and s start as zeros
         else:
             fixed, h, s = state
             recurrent = torch.einsum("gh,hion->gion", cell.weight_hh, h)
-        from_mu = torch.einsum("gd,odn->gon", of_mu, mu).unsqueeze(1)
-        gates = fixed + from_mu + of_c * c + recurrent  # (4 hidden_size, I, O, N)
+        from_mu = torch.einsum("gd,odn->gon", w_mu, mu).unsqueeze(1)
+        gates = fixed + from_mu + w_c * c + recurrent  # (4 hidden_size, I, O, N)
         i, f, g, o = gates.chunk(4)  # (hidden_size, I, O, N) each
         s = f.sigmoid() * s + i.sigmoid() * g.tanh()
         h = o.sigmoid() * s.tanh()
@@ -282,16 +279,19 @@ class ConvCaps(nn.Module):
         windows = [[slice(k, n - size + k + 1, step) for k in range(size)]
                    for n, size, step in zip(x.shape[2:], self.kernel_size, self.stride)]
         # Slices, not unfold: torch 2.13 compiles its backward wrongly for more than one thread.
-        x = torch.stack([x[:, :, *window] for window in product(*windows)], 2)
-        x, dims = x.flatten(1, 2), len(windows)  # (B, I, *out, ...)
-        return x.transpose(0, 1).flatten(1, 1 + dims).movedim(1, -1), x[:, 0].shape[:1 + dims]
+        x = x.transpose(0, 1)
+        x = torch.stack([x[:, :, *window] for window in product(*windows)], 1).flatten(0, 1)
+        places = x.shape[1:2 + len(windows)]  # x: (I, B, *out, ...)
+        return x.flatten(1, len(places)).movedim(1, -1), places
 
     def forward(self, pose, logit):
         matrix, dims = self.weight.shape[-2:], len(self.kernel_size)
-        assert pose.shape == logit.shape + matrix and logit.ndim == 2 + dims, (pose.shape, matrix)
+        assert pose.shape == logit.shape + matrix and logit.ndim == 2 + dims, (
+            f"pose {tuple(pose.shape)}, logit {tuple(logit.shape)}, {dims} spatial dimensions")
         assert all(n >= k for n, k in zip(logit.shape[2:], self.kernel_size)), "kernel over grid"
-        pose = F.normalize(pose, dim=(-2, -1), eps=1e-4)
+        pose = F.normalize(pose, dim=(-2, -1), eps=1e-4)  # a shorter one is noise, and stays short
         pose, places = self.receptive_fields(pose)  # (I, P, P, N)
+        assert len(pose) == len(self.weight), f"{len(pose)} inputs, W has {len(self.weight)}"
         log_a = F.logsigmoid(self.receptive_fields(logit)[0])  # (I, N)
         index = torch.arange(logit.numel(), device=logit.device).view(logit.shape)
         fields = (self.receptive_fields(index)[0], logit.numel())  # for EM and dynamic routing
@@ -307,19 +307,20 @@ class ConvCaps(nn.Module):
 
 # ------------------------------------------------------------------------------ the network
 
-ROUTINGS = {  # with what is not the procedure's default in caps1, caps2 and class_caps (Table 2)
+ROUTINGS = {  # the class, and options that are not its defaults in caps1, caps2 and class_caps
     "similarity": (SimilarityRouting, {}, {}, dict(num_kernels=10, theta1=60.0)),
     "connectionist": (ConnectionistRouting, {}, dict(phi=(32, 32), psi=(64, 64)),
-                      dict(phi=(64, 64), psi=(124, 124)))}
+                      dict(phi=(64, 64), psi=(124, 124)))}  # as in Table 2
 
 
 class CapsNet(nn.Module):
     """Table 1: a convolution, primary capsules, two convolutional capsule layers, class capsules.
 
-    image_shape: (channels, *spatial), one to three spatial dimensions of 17 or more each; of grey
-        images (1, height, width).
+    image_shape: (channels, *spatial), one to three spatial dimensions of 17 or more each, such as
+        (1, height, width) for grey images.
     pose_size: P, 2 or more: for 1 the norm leaves only a sign.
-    routing: one of ROUTINGS; routing_options go to that of all three layers, as iterations=2.
+    routing: one of ROUTINGS; routing_options, such as iterations=2, are for its three layers, and
+        override those of ROUTINGS.
     channels: of the convolution and of the three capsule layers below the classes.
 
     images (B, *image_shape) -> poses (B, num_classes, P, P), logits (B, num_classes)
@@ -334,20 +335,20 @@ class CapsNet(nn.Module):
         for kernel, stride in ((5, 2), (3, 2), (3, 1)):
             grid = [(n - kernel) // stride + 1 for n in grid]
         assert min(grid) >= 1, f"image_shape {image_shape}: expected (channels, 17 or more, ...)"
-        procedure, *sizes = ROUTINGS[routing]
+        procedure, *defaults = ROUTINGS[routing]
         features, primary, hidden1, hidden2 = channels
         conv, batch_norm = getattr(nn, f"Conv{dims}d"), getattr(nn, f"BatchNorm{dims}d")
 
-        def caps(inputs, outputs, sizes, kernel_size, stride=1):
-            routing = procedure(outputs, pose_size, **sizes | routing_options)
+        def caps(inputs, outputs, options, kernel_size, stride=1):
+            routing = procedure(outputs, pose_size, **options | routing_options)
             return ConvCaps(inputs, outputs, kernel_size, routing, stride, pose_size, dims)
 
         self.conv = nn.Sequential(conv(in_channels, features, kernel_size=5, stride=2), nn.ReLU(),
                                   batch_norm(features))
         self.primary = PrimaryCaps(features, primary, pose_size, dims)
-        self.caps1 = caps(primary, hidden1, sizes[0], kernel_size=3, stride=2)
-        self.caps2 = caps(hidden1, hidden2, sizes[1], kernel_size=3)
-        self.class_caps = caps(hidden2, num_classes, sizes[2], kernel_size=grid)  # the whole grid
+        self.caps1 = caps(primary, hidden1, defaults[0], kernel_size=3, stride=2)
+        self.caps2 = caps(hidden1, hidden2, defaults[1], kernel_size=3)
+        self.class_caps = caps(hidden2, num_classes, defaults[2], kernel_size=grid)  # all of it
 
     def forward(self, images):
         assert images.shape[1:] == self.image_shape, (images.shape, self.image_shape)
@@ -358,8 +359,8 @@ class CapsNet(nn.Module):
 
     def parameter_groups(self, lr):
         """For an optimizer: routing's own parameters have further to go than W and learn at five
-        times the rate; not its kernels, which at that rate soon are far narrower or wider than all
-        distances, where k is the same for all votes and its gradient next to nothing."""
+        times the rate. Not so its kernels, which at that rate soon are far narrower or wider than
+        all distances: k is then the same for all votes, and its gradient vanishes."""
         own = lambda name: ".routing." in name and not name.endswith(("kernel_logit", "log_width"))
         return [{"params": [p for name, p in self.named_parameters() if own(name) == fast],
                  "lr": 5 * lr if fast else lr} for fast in (False, True)]
@@ -368,7 +369,7 @@ class CapsNet(nn.Module):
 # ---------------------------------------------------- the procedures that the paper compares with
 
 
-def log_softmax_over_parents(logits: Tensor, fields) -> Tensor:
+def log_softmax_over_parents(logits, fields):
     """Normalise over *all* parents of each input. (I, O, N) -> (I, O, N).
 
     Where receptive fields overlap, the parents of an input are the O channels of every position
@@ -391,7 +392,7 @@ class EMRouting(Routing):
     r_ij = R_ij a_i is the weight of vote i in cluster j, and c = r / sum_i r, so that the mean of
     the M-step is Eq. 4. R is normalised over all parents of an input; at first they are equal.
     The activation's lambda is inverse_temperature * (1 - 0.95^(t+1)) in iteration t = 0, 1, ...
-    Its paper has 3 iterations and 0.01 (worse here, in short trials), other votes, the spread loss.
+    The EM paper: 3 iterations and 0.01 (both worse here, in short trials), votes W M, spread loss.
     """
 
     def __init__(self, out_channels, pose_size=4, iterations=2, inverse_temperature=0.03):
@@ -404,7 +405,7 @@ class EMRouting(Routing):
         log_ap = torch.zeros_like(votes[:, :, 0])  # log(a_j p_ij), up to what all parents share
         for t in range(self.iterations):
             # E-step: R_ij = a_j p_ij / sum_k a_k p_ik
-            if t:  # p without the factor (2 pi)^(-D/2)
+            if t:
                 log_ap = F.logsigmoid(logit) - (log_sigma + 0.5 * d2 / variance).sum(2)
             log_r = log_softmax_over_parents(log_ap, fields) + log_a  # (I, O, N)
             # M-step

@@ -23,23 +23,22 @@ import torch.nn.functional as F
 
 
 class DataError(Exception):
-    """No such data, or a bad file; the text is one line: which file or argument, and why."""
+    """A file that is bad, or cannot be had; the text is one line: which, and why."""
 
 
 class Spec(NamedTuple):
     """What is known about a data set before it is loaded."""
 
-    classes: tuple     # names, in the order of the labels
-    crop: int          # height and width that the network sees
-    brightness: float  # strengths of the augmentation, see `augment`
-    contrast: float
+    classes: tuple  # names, in the order of the labels
+    crop: int       # height and width that the network sees
+    jitter: float   # of brightness and contrast, see `augment`
 
 
 TOYS = ("animal", "human", "airplane", "truck", "car")
 SPECS = {
-    "toys": Spec(TOYS, 32, 0.2, 0.2),
-    "mnist": Spec(tuple("0123456789"), 28, 0.0, 0.0),
-    "smallnorb": Spec(TOYS, 32, 0.2, 0.2),
+    "toys": Spec(TOYS, 32, 0.2),
+    "mnist": Spec(tuple("0123456789"), 28, 0.0),
+    "smallnorb": Spec(TOYS, 32, 0.2),
 }
 
 
@@ -55,7 +54,7 @@ def load(name, data_dir="datasets", cameras=1):
     """(train, test) Datasets of "toys", "mnist" or "smallnorb", from files in data_dir/name.
 
     Toys are rendered. The official files are used where they are, raw or .gz, and downloaded where
-    they are not. The result is cached there, and from then on the cache is used, even alone.
+    they are not. The result is cached there; later calls need nothing but the cache.
     cameras: 1 or, for smallnorb, 2; they become the channels. Raises DataError, OSError.
     """
     assert cameras == 1 or name == "smallnorb", f"{name} has one camera"
@@ -118,9 +117,7 @@ MIRROR = {"smallnorb": "https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/",
 
 def _read(folder, name, header, dtype, shape, sha256):
     """The array of a published file, raw or .gz; downloaded if it is not there."""
-    path = folder / name
-    if not path.exists():
-        path = folder / (name + ".gz")
+    path = folder / name if (folder / name).exists() else folder / (name + ".gz")
     if not path.exists():
         url, names = MIRROR[folder.name] + path.name, ", ".join(n for n, *_ in FILES[folder.name])
         print(f"downloading {url}", file=sys.stderr)
@@ -145,8 +142,7 @@ def _dataset(name, cameras, pixels, labels, info=None):
         blocks = pixels[:, :cameras].reshape(-1, cameras, 48, 2, 48, 2)
         images = ((blocks.sum((3, 5), dtype=np.uint16) + 2) // 4).astype(np.uint8)
         instances = info[:, 0]
-    return Dataset(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)),
-                   torch.from_numpy(instances.astype(np.int64)))
+    return Dataset(torch.from_numpy(images), *torch.from_numpy(np.int64([labels, instances])))
 
 
 # ---------------------------------------------------------------------------- what training uses
@@ -161,12 +157,12 @@ def standardise(images):
     # Sums of so few integers are exact in float32, and so a constant image gives exact zeros.
     pixels = pixels - pixels.sum((1, 2, 3), keepdim=True) / pixels.shape[1:].numel()
     deviation = pixels.square().mean((1, 2, 3), keepdim=True).sqrt()
-    return pixels / deviation.clamp_min(1e-3)  # of one level in one pixel: above 1e-2
+    return pixels / deviation.clamp_min(1e-3)  # one pixel off by one level gives more
 
 
 def crops(images, size, per_side=1):
-    """The per_side x per_side windows (B, C, size, size) of (B, C, H, W), row by row, in the
-    middles of per_side equal intervals: 1 is the central crop. size is at most H and W."""
+    """The per_side x per_side windows (B, C, size, size) of (B, C, H, W), row by row, at the
+    midpoints of per_side equal intervals: 1 is the central crop. size is at most H and W."""
     tops, lefts = ([(n - size) * (2 * i + 1) // (2 * per_side) for i in range(per_side)]
                    for n in images.shape[2:])
     return [images[:, :, top:top + size, left:left + size] for top in tops for left in lefts]
@@ -174,13 +170,12 @@ def crops(images, size, per_side=1):
 
 def augment(images, spec):
     """(B, C, H, W) standardised -> (B, C, crop, crop): of each image a window at a random place,
-    times U(1 - contrast, 1 + contrast), plus U(-brightness, brightness), as in spec."""
+    times U(1 - jitter, 1 + jitter), plus U(-jitter, jitter), as in spec."""
     count, size = len(images), spec.crop
-    tops, lefts = (torch.randint(n - size + 1, (count,)).tolist() for n in images.shape[2:])
-    windows = torch.stack([image[:, top:top + size, left:left + size]
-                           for image, top, left in zip(images, tops, lefts)])
+    tops, lefts = (torch.randint(n - size + 1, (count,)) for n in images.shape[2:])
+    windows = images.unfold(2, size, 1).unfold(3, size, 1)[torch.arange(count), :, tops, lefts]
     gain, shift = 2 * torch.rand(2, count, 1, 1, 1, device=images.device) - 1
-    return windows * (1 + spec.contrast * gain) + spec.brightness * shift
+    return windows * (1 + spec.jitter * gain) + spec.jitter * shift
 
 
 def hold_out(train, instance):

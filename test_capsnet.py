@@ -19,7 +19,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from itertools import product
 from pathlib import Path
 
@@ -202,18 +201,11 @@ def oracle_layer(name, layer, pose, logit):
 # ---------------------------------------------------------------------------------- equations
 
 
-def objective(k, c, a, lambda1, lambda2):
-    """Eq. 2, term by term."""
-    n = len(c)
-    return (-sum(c[i] * k[i] for i in range(n))
-            + lambda1 * sum(c[i] * (c[i] / (1 / n)).log() for i in range(n))
-            + lambda2 * sum(c[i] * (c[i] / a[i]).log() for i in range(n)))
-
-
 def test_routing_objective_equals_the_sums_of_equation_2():
     k, z, log_a, lambdas = rand(5, 3), rand(5, 3), rand(5, 3), rand(2)
     c = z.softmax(0)
-    expected = objective(k, c, log_a.exp(), *lambdas)
+    expected = sum(c[i] * (-k[i] + lambdas[0] * (c[i] / (1 / 5)).log()
+                           + lambdas[1] * (c[i] / log_a[i].exp()).log()) for i in range(5))
     actual = cn.routing_objective(k, c, log_a, *lambdas)
     assert_same([actual], [expected], [k, z, log_a, lambdas])
     one_hot = torch.eye(4).double()[0]  # 0 log 0 = 0
@@ -226,7 +218,7 @@ def test_no_point_of_the_simplex_has_a_lower_objective_than_update_compatibility
     k, a = torch.rand(6).double(), torch.rand(6).double()
     c = cn.update_compatibility(k, a.log(), *lambdas)
     z = c.log().requires_grad_()
-    slope, = grad(objective(k, z.softmax(0), a, *lambdas), z)
+    slope, = grad(cn.routing_objective(k, z.softmax(0), a.log(), *lambdas), z)
     assert slope.abs().max() < 1e-12  # stationary, and J is convex in c
 
 
@@ -236,18 +228,6 @@ def test_limits_of_the_lambdas():
                               ((1e-6, 1e-9), torch.eye(6).double()[k.argmax()])):
         c = cn.update_compatibility(k, a.log(), *lambdas)
         torch.testing.assert_close(c, expected, rtol=0, atol=1e-6)
-
-
-@torch.no_grad()
-def test_the_papers_mean_can_raise_the_objective():
-    """Three votes agree; the outlier's activation drags the mean away from all four."""
-    votes = torch.tensor([0.0, 0.0, 0.0, 3.0]).double().view(4, 1, 1, 1)
-    log_a = torch.tensor([0.2, 0.2, 0.2, 0.4]).double().log().view(4, 1, 1)
-    routing = cn.SimilarityRouting(1, 4, 1, 1, (1, 1), lambda1=1e-3, lambda2=100.0).double()
-    mu, _, c = routing(votes, log_a)
-    before, after = (cn.routing_objective(routing.similarity(x, votes), c, log_a,
-                                          *routing.lambdas()) for x in (votes.mean(0), mu))
-    assert after > before + 0.1
 
 
 def test_shares_of_parents_of_apart_fields_and_of_logits_whose_exponentials_overflow():
@@ -335,13 +315,6 @@ def test_extreme_inputs_give_finite_values_and_gradients(name, extreme, autocast
 # -------------------------------------------------------------------------------- the network
 
 
-@pytest.mark.parametrize("name, routing", [
-    ("dynamic", 0), ("em", 74), ("similarity", 221), ("connectionist", 40010)])
-def test_parameters_number_86408_and_those_of_the_routing(name, routing):
-    """Which also holds Q of Eq. 15 and Table 2."""
-    assert sum(p.numel() for p in CapsNet((1, 32, 32), 5, name).parameters()) == 86408 + routing
-
-
 def test_parameter_groups_give_the_routings_own_parameters_five_times_the_rate():
     net = CapsNet((1, 17, 17), 2)
     slow, fast = net.parameter_groups(1e-3)
@@ -396,8 +369,7 @@ def test_batch_of_one_or_none_equals_the_same_images_in_a_batch(name):
     poses, logits = net(images)
     torch.testing.assert_close(net(images[1:2]), (poses[1:2], logits[1:2]))
     torch.testing.assert_close(net(images[:0]), (poses[:0], logits[:0]))
-    one_by_one = torch.func.vmap(lambda image: net(image[None])[1][0])(images)
-    torch.testing.assert_close(one_by_one, logits)
+    grad(logits.sum(), [*net.parameters()], retain_graph=True)  # raises if one is unused
     net.to(memory_format=torch.channels_last)
     torch.testing.assert_close(net(images), (poses, logits))
     assert logits.dtype == torch.float64 and logits.std(0).min() > 1e-6
@@ -413,23 +385,13 @@ def call_a_routing_that_loses_an_axis():
     lambda: CapsNet((1, 16, 32), 5),  # too small
     lambda: tiny_net("em")(torch.zeros(2, 1, 17, 18)),  # made for another width
     lambda: ConvCaps(8, 16, 3, cn.EMRouting(1)),  # other out_channels
-    lambda: small_layer("em")(rand(1, 2, 6, 2, 2), rand(1, 2, 5)),  # other grids
-    lambda: small_layer("em")(rand(1, 2, 5, 5, 2, 2), rand(1, 2, 5, 5)),  # a plane for a row
+    lambda: small_layer("em")(rand(2, 2, 3, 2, 2), rand(1, 2, 3)),  # other numbers of images
+    lambda: small_layer("similarity", 1)(rand(1, 1, 5, 2, 2), rand(1, 1, 5)),  # of channels
     lambda: small_layer("em")(rand(1, 2, 2, 2, 2), rand(1, 2, 2)),  # kernel over grid
     call_a_routing_that_loses_an_axis])
 def test_what_would_be_wrong_in_silence_is_refused(call):
     with pytest.raises(AssertionError):
         call()
-
-
-@torch.no_grad()
-def test_poses_shorter_than_1e4_are_taken_for_noise():
-    layer = small_layer("similarity", kernel=1)
-    pose, logit = rand(1, 2, 1, 2, 2), rand(1, 2, 1)
-    length = pose.norm(dim=(-2, -1), keepdim=True)
-    layer.routing.iterations = 0  # so that the output is linear in the votes
-    whole, short = (layer(n * pose / length, logit)[0] for n in (2e-4, 1e-5))
-    torch.testing.assert_close(short, 0.1 * whole)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
@@ -503,36 +465,6 @@ def test_readmes_programs_run_and_but_for_the_first_need_capsnet_and_torch_only(
         run = subprocess.run([sys.executable, "-E", "-c", text], cwd=folder, check=True, text=True,
                              stdout=subprocess.PIPE)
     assert "0.351 0.316 0.331 0.002\n1.023 0.001\n" in run.stdout  # as it says
-
-
-PARALLEL = """
-import torch
-from torch.nn.parallel import DistributedDataParallel
-from capsnet import CapsNet
-
-torch.distributed.init_process_group()
-for name in "similarity", "connectionist", "em", "dynamic":
-    torch.manual_seed(0)
-    net = CapsNet((1, 17, 17), 3, name, channels=(4, 2, 3, 2))
-    optimizer, parallel = torch.optim.Adam(net.parameter_groups(1e-2)), DistributedDataParallel(net)
-    torch.manual_seed(torch.distributed.get_rank())
-    for _ in range(2):
-        optimizer.zero_grad()
-        parallel(torch.randn(4, 1, 17, 17))[1].square().sum().backward()
-        optimizer.step()
-    weights = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
-    largest = weights.clone()
-    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-    assert torch.equal(weights, largest), name
-torch.distributed.destroy_process_group()  # or its threads may abort the process as it ends
-"""
-
-
-def test_two_processes_train_one_network(tmp_path):
-    (tmp_path / "program.py").write_text(PARALLEL)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                    "--nproc-per-node", "2", tmp_path / "program.py"], check=True,
-                   env=os.environ | {"PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": ""})
 
 
 @pytest.mark.parametrize("program", [
@@ -698,13 +630,13 @@ def test_standardise():
 def test_augment():
     image = torch.arange(128.0).view(2, 8, 8)
 
-    def run(brightness, contrast, seed=0):
-        spec = data.SPECS["mnist"]._replace(crop=6, brightness=brightness, contrast=contrast)
+    def run(jitter, seed=0):
+        spec = data.SPECS["mnist"]._replace(crop=6, jitter=jitter)
         torch.manual_seed(seed)
         return data.augment(image.repeat(500, 1, 1, 1), spec)
 
-    plain, out = run(0, 0), run(2, .5)
-    assert not torch.equal(out, run(2, .5, seed=1))
+    plain, out = run(0), run(.5)
+    assert not torch.equal(out, run(.5, seed=1))
     corners = [divmod(int(window[0, 0, 0]), 8) for window in plain]
     assert {*corners} == {*product(range(3), repeat=2)}
     for window, (top, left) in zip(plain, corners):
@@ -712,7 +644,7 @@ def test_augment():
     gain = out.flatten(1).std(1) / plain.flatten(1).std(1)  # contrast, then brightness
     shift = (out - gain.view(-1, 1, 1, 1) * plain).flatten(1)
     assert (shift - shift[:, :1]).abs().max() < 1e-3  # one an image
-    for drawn, low, high in ((gain, .5, 1.5), (shift, -2, 2)):
+    for drawn, low, high in ((gain, .5, 1.5), (shift, -.5, .5)):
         assert low - 1e-3 < drawn.min() < low + (high - low) / 50
         assert high - (high - low) / 50 < drawn.max() < high + 1e-3
 
@@ -771,7 +703,7 @@ def test_a_run_learns_and_stopped_resumed_and_prolonged_it_takes_the_same_steps(
         rates.append(slow["lr"])
         assert fast["lr"] == pytest.approx(5 * slow["lr"])
         grads = [p.grad for group in self.param_groups for p in group["params"]]
-        assert sum(g.square().sum() for g in grads if g is not None) < 1.001
+        assert sum(g.square().sum() for g in grads) < 1.001
         if len(rates) == 24 + 10:
             raise KeyboardInterrupt
         return step(self, *args)
@@ -786,6 +718,8 @@ def test_a_run_learns_and_stopped_resumed_and_prolonged_it_takes_the_same_steps(
     train.main([*command, "--out", str(whole)])
     assert json.loads((whole / "result.json").read_text())["test_error"] < 50  # guessing: 90
     assert float(metrics(whole)[-1]["loss"]) < 1.5
+    with pytest.raises(FileExistsError):  # that folder holds a run
+        train.main([*command, "--out", str(whole)])
     capsys.readouterr()
     with pytest.raises(KeyboardInterrupt):
         train.main([*command, "--out", str(cut)])
@@ -804,8 +738,8 @@ def test_a_run_learns_and_stopped_resumed_and_prolonged_it_takes_the_same_steps(
     scored = json.loads((cut / "result.json").read_text())
     assert f"test error {scored['test_error']:.2f} %" in capsys.readouterr().out
     assert scored["settings"]["option"] == [["num_kernels", 3], ["lambda1", 0.3]]
-    for options, words in ("--epochs 4", "has 5 epochs"), ("--validate 1", "another .'validate'"):
-        with pytest.raises(AssertionError, match=f"checkpoint.pt.* {words}"):
+    for options, words in ("--epochs 4", "already 5 epochs"), ("--validate 1", "cannot change"):
+        with pytest.raises(AssertionError, match=f"checkpoint.pt.*{words}"):
             train.main([*resume, *options.split()])
     copied = str(shutil.copy(cut / "checkpoint.pt", cut / "copy.pt"))
     assert "expected checkpoint.pt" in refusal_of(lambda: train.parse(["--resume", copied]))
@@ -821,17 +755,6 @@ def test_files_that_are_no_weights_are_refused_and_run_nothing(tmp_path, monkeyp
         for option, file in product(("--eval", "--resume"), ("weights.pt", "absent.pt")):
             assert f"{file}: expected" in refusal_of(lambda: train.parse([option, file]))
     assert not Path("harmed").exists()
-
-
-def test_a_folder_that_holds_a_run_is_left_alone(small_mnist, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    train.main([*small_mnist, "--epochs", "0"])  # without --out a run has a folder of its own
-    run, = Path("runs").iterdir()
-    weights = run / "weights.pt"
-    before = weights.read_bytes()
-    with pytest.raises(FileExistsError):
-        train.main([*small_mnist, "--out", str(run)])
-    assert weights.read_bytes() == before
 
 
 def test_numbers_that_are_not_finite_stop_the_run(small_mnist, tmp_path, monkeypatch):
@@ -866,7 +789,7 @@ def test_validation_never_touches_the_test_set(small_mnist, tmp_path, capsys, mo
     assert result["settings"]["crops"] == 2 and sum(map(sum, result["confusion"])) == 2
 
 
-def test_evaluate_counts_every_image_once_and_averages_probabilities_over_crops(capsys):
+def test_evaluate_counts_every_image_once_and_averages_probabilities_over_crops():
     """One bright crop of nine is outvoted, though its logit is larger than the others together."""
     labels = torch.arange(300) % 3
     images = torch.zeros(300, 1, 32, 32, dtype=torch.uint8)
@@ -884,9 +807,7 @@ def test_evaluate_counts_every_image_once_and_averages_probabilities_over_crops(
         args, _ = train.parse(["--dataset", "mnist", "--device", "cpu", "--crops", crops])
         error, confusion = train.evaluate(FirstPixel(), data.Dataset(images, labels, None), args)
         assert confusion[:3, :2].tolist() == expected and confusion.sum() == 300
-    train.show("test", error, confusion, data.SPECS["mnist"].classes)
-    output = capsys.readouterr().out
-    assert "66.67 %: 200 of 300" in output and re.search(r"^2 +0 +100 +0", output, re.MULTILINE)
+    assert error == pytest.approx(200 / 3)
 
 
 def test_seeds_differ_in_weights_order_and_augmentation(small_mnist, tmp_path, monkeypatch):
@@ -904,7 +825,7 @@ def test_seeds_differ_in_weights_order_and_augmentation(small_mnist, tmp_path, m
         return net
 
     monkeypatch.setattr(data, "augment", spy)
-    for seed in "0", str(time.time_ns()):
+    for seed in "0", "1":
         train.main([*small_mnist, "--batch-size", "99999", "--epochs", "2", "--seed", seed,
                     "--out", str(tmp_path / seed)], build)
     assert len({*drawn}) == len({*orders}) == 4 and len({*map(frozenset, orders)}) == 1

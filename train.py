@@ -1,7 +1,7 @@
 """Train and evaluate the capsule network of capsnet.py: `python train.py --help`.
 
 A run has a folder of its own: checkpoint.pt, saved every ten seconds, which `--resume` continues;
-metrics.csv, a line per epoch; and in the end weights.pt, which `--eval` scores, and result.json.
+metrics.csv, a line per epoch; and at the end weights.pt, which `--eval` scores, and result.json.
 
 Protocol: settings are chosen with `--validate INSTANCE`, on training toys held out whole (but for
 the exceptions in results/README.md). Without it the test set is looked at, once, at the end.
@@ -10,8 +10,8 @@ Where training departs from the paper:
 
     * Fewer epochs. Adam's rate is 1.2e-2 (EM: 6e-3, connectionist: 3e-3), rises for ten steps, then
       falls linearly to zero (the paper: 3e-3, exponentially); see `CapsNet.parameter_groups`.
-    * The gradient is clipped to a norm of 1. Brightness and contrast vary by 0.2, on MNIST not (the
-      author: 2.0 and 0.5). MNIST is padded to 32x32 and cropped at random to 28x28.
+    * The gradient is clipped to a norm of 1. Brightness and contrast vary by 0.2, but not on MNIST
+      (the author: 2.0 and 0.5). MNIST is padded to 32x32 and cropped at random to 28x28.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import sys
 import time
 from pathlib import Path
 
-# Before torch, whose threads wait by spinning on Linux: two runs at once come to a standstill.
+# Before torch, whose threads spin while they wait, on Linux: two runs at once come to a standstill.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -36,7 +36,7 @@ from capsnet import ROUTINGS, CapsNet, ConvCaps
 EPOCHS = {"toys": 2, "mnist": 4, "smallnorb": 45}
 LR = {"similarity": 1.2e-2, "connectionist": 3e-3, "em": 6e-3, "dynamic": 1.2e-2}
 WARMUP, CLIP = 10, 1.0  # steps; norm of the gradient
-EVAL_BATCH, SHOW_SECONDS = 32, 10  # images; between two lines of progress, and two saves
+EVAL_BATCH, SHOW_SECONDS = 32, 10  # images; between lines of progress, and between saves
 LOCAL = ("device", "compile", "data_dir", "out", "resume", "eval")  # of this call, not of the run
 
 
@@ -51,9 +51,9 @@ def parse(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--dataset", choices=data.SPECS, default="toys", help="toys need no download")
-    add("--cameras", type=int, choices=(1, 2), default=1, help="2 of smallnorb only: as channels")
+    add("--cameras", type=int, choices=(1, 2), default=1, help="2, of smallnorb only: as channels")
     add("--routing", choices=ROUTINGS, default="similarity", help="the routing procedure")
-    add("--iterations", type=int, help="if not the routing's own; 0 is the mean vote")
+    add("--iterations", type=int, help="if not the routing's own; 0, of similarity only: mean vote")
     add("--option", type=assignment, metavar="NAME=VALUE", nargs="+", default=[],
         help="for the routing's constructor, such as lambda1=1 num_kernels=2")
     add("--epochs", type=int, help=f"if not {EPOCHS}")
@@ -66,31 +66,30 @@ def parse(argv=None):
     add("--compile", action=argparse.BooleanOptionalAction, default=True,
         help="faster, after a minute or two; uncompiled where compiling fails")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="such as cuda:1")
-    add("--data-dir", type=os.path.abspath, default="datasets", help="of the data sets")
+    add("--data-dir", type=os.path.abspath, default="datasets", help="folder of the data sets")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--out", type=Path, help="new folder for the run, if not one in runs/")
+    add("--out", type=Path, help="folder for the run, to be made; if not one in runs/")
     add("--resume", type=Path, metavar="CHECKPOINT", help="continue this run")
     add("--eval", type=Path, metavar="WEIGHTS", help="score these weights again")
     args, checkpoint = parser.parse_args(argv), None
     if path := args.resume or args.eval:
-        kind, part = ("checkpoint.pt", "optimizer") if args.resume else ("weights.pt", "model")
+        kind = "checkpoint.pt" if args.resume else "weights.pt"
         try:
             assert args.eval or path.name == kind  # a copy would overwrite what it is a copy of
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            settings, _ = checkpoint["settings"], checkpoint[part]
-            settings["dataset"]
+            settings = dict(checkpoint["settings"])
         except Exception as error:  # the unpickler may raise anything on a damaged or foreign file
             raise data.DataError(f"{path}: expected {kind} of a run ({type(error).__name__})")
         args = parser.parse_args(argv, argparse.Namespace(**settings))
         changed = [k for k in settings if vars(args)[k] != settings[k]]
-        assert {*changed} <= {"epochs", "crops"}, f"{path}: the run was with another {changed}"
+        assert {*changed} <= {"epochs", "crops"}, f"{path}: {changed} cannot change"
     args.epochs = EPOCHS[args.dataset] if args.epochs is None else args.epochs
     args.lr = LR.get(args.routing, 3e-3) if args.lr is None else args.lr
     return args, checkpoint
 
 
 class OneByOne(ConvCaps):
-    """For CPUs, in whose cache the votes of one image stay, and those of a batch do not."""
+    """For CPUs: the votes of one image fit into their cache, those of a batch do not."""
 
     def __call__(self, pose, logit):
         call, images = super().__call__, zip(pose.split(1), logit.split(1))
@@ -144,11 +143,8 @@ def evaluate(net, dataset, args):
 
 
 def show(name, error, confusion, classes):
-    total, right = confusion.sum().item(), confusion.trace().item()
-    print(f"{name} error {error:.2f} %: {total - right} of {total} images")
-    width = max(map(len, (*classes, str(confusion.max().item())))) + 2
-    for label, row in zip(("true, predicted", *classes), (classes, *confusion.tolist())):
-        print(label.ljust(16) + "".join(str(cell).rjust(width) for cell in row))
+    print(f"{name} error {error:.2f} %\nrows: true class, columns: predicted, in the order of "
+          f"{', '.join(classes)}\n{confusion}")
 
 
 def main(argv=None, build=CapsNet):
@@ -158,14 +154,13 @@ def main(argv=None, build=CapsNet):
     if args.iterations is not None:
         options["iterations"] = args.iterations
     shape = args.cameras, spec.crop, spec.crop
-    torch.manual_seed(args.seed % 2**63)
+    torch.manual_seed(args.seed)
     net = build(shape, len(spec.classes), args.routing, **options).to(device)
     if checkpoint:
         net.load_state_dict(checkpoint["model"])
-    splits = data.load(args.dataset, args.data_dir, args.cameras)
+    splits, name = data.load(args.dataset, args.data_dir, args.cameras), "test"
     if args.validate is not None:
-        splits = data.hold_out(splits[0], args.validate)
-    name = "test" if args.validate is None else "validation"
+        splits, name = data.hold_out(splits[0], args.validate), "validation"
     fit, held_out = (data.Dataset(*(part.to(device) for part in split)) for split in splits)
     size = min(args.batch_size, len(fit.labels))
     net = speed_up(net, torch.zeros(size, *shape, device=device), args)
@@ -175,11 +170,11 @@ def main(argv=None, build=CapsNet):
     optimizer = torch.optim.Adam(net.parameter_groups(args.lr))
     highest = [group["lr"] for group in optimizer.param_groups]
     per_epoch = len(fit.labels) // size  # a last batch that is not full is left out
-    steps, step, start = args.epochs * per_epoch, 0, time.monotonic()
+    steps, step, start = args.epochs * per_epoch, 0, time.perf_counter()
     sums = torch.zeros(2, device=device)  # over the steps of this epoch: loss, percent of errors
     if args.resume:
         out, step = args.resume.parent, checkpoint["step"]
-        assert step <= steps, f"{args.resume} has {step / per_epoch:.4g} epochs behind it"
+        assert step <= steps, f"{args.resume} has already {step / per_epoch:.4g} epochs"
         optimizer.load_state_dict(checkpoint["optimizer"])
         sums.copy_(checkpoint["sums"])
         start -= checkpoint["seconds"]  # as if the run had never been stopped
@@ -188,14 +183,14 @@ def main(argv=None, build=CapsNet):
         out.mkdir(parents=True)  # fails if the folder is there: it may hold a run
     out, settings = out.resolve(), {k: v for k, v in vars(args).items() if k not in LOCAL}
 
-    again = lambda option, file: shlex.join([  # a command for any folder
+    again = lambda option, file: shlex.join([  # a command to paste in any folder
         sys.executable, os.path.abspath(sys.argv[0]), "--data-dir", args.data_dir, "--device",
         device, *["--no-compile"][args.compile:], option, str(out / file)])
 
     def save():
         data.save(out / "checkpoint.pt", dict(
             settings=settings, model=net.state_dict(), optimizer=optimizer.state_dict(), step=step,
-            sums=sums, seconds=time.monotonic() - start))
+            sums=sums, seconds=time.perf_counter() - start))
 
     save()
     print(f"{type(net).__name__} on {args.dataset}: {len(fit.labels)} training images, "
@@ -204,12 +199,12 @@ def main(argv=None, build=CapsNet):
 
     for epoch in range(step // per_epoch, args.epochs):
         # Seeds from epoch and step, so that a resumed run takes the same steps, on one CPU thread
-        # bit for bit. At seed 0 weights, first order and first augmentation come from one number.
-        torch.manual_seed((1000 * args.seed + epoch) % 2**63)
+        # bit for bit. (At seed 0 weights, first order and first augmentation have one seed.)
+        torch.manual_seed(1000 * args.seed + epoch)
         order = torch.randperm(len(fit.labels)).to(device).split(size)[:per_epoch]
-        first, began, shown = step, time.monotonic(), time.monotonic()
+        first, began, shown = step, time.perf_counter(), time.perf_counter()
         for batch in order[step % per_epoch:]:
-            torch.manual_seed((1_000_003 * args.seed + step) % 2**63)
+            torch.manual_seed(1_000_003 * args.seed + step)
             images = data.augment(data.standardise(fit.images[batch]), spec)
             labels = fit.labels[batch]
             for group, lr in zip(optimizer.param_groups, highest):  # rises, then straight to zero
@@ -225,7 +220,7 @@ def main(argv=None, build=CapsNet):
             errors = 100 * (logits.argmax(1) != labels).float().mean()
             sums += torch.stack([loss.detach(), errors])
 
-            now, ends = time.monotonic(), step % per_epoch == 0
+            now, ends = time.perf_counter(), step % per_epoch == 0
             if ends or now > shown + SHOW_SECONDS:
                 shown, rate = now, (step - first) / (now - began)
                 mean_loss, error = (sums / (step - epoch * per_epoch)).tolist()
@@ -239,14 +234,14 @@ def main(argv=None, build=CapsNet):
         if args.validate is not None:
             row["validation_error"], _ = evaluate(net, held_out, args)
             print(f"validation error {row['validation_error']:.2f} %", flush=True)
-        row["seconds"] = round(time.monotonic() - start, 1)
+        row["seconds"] = round(time.perf_counter() - start, 1)
         sums.zero_()
-        save()  # first, for where the disk is full: a row may be missing, but not be there twice
+        save()  # before the row, which on a full disk may then be missing, but is never there twice
         with open(out / "metrics.csv", "a") as file:
             for line in [row.keys(), row.values()][epoch > 0:]:
                 print(*line, sep=",", file=file)
 
-    seconds = round(time.monotonic() - start, 1)
+    seconds = round(time.perf_counter() - start, 1)
     error, confusion = evaluate(net, held_out, args)
     show(name, error, confusion, spec.classes)
     result = {f"{name}_error": error, "seconds": seconds, "settings": settings,

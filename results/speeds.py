@@ -21,7 +21,8 @@ from capsnet import CapsNet
 
 args, _ = train.parse()
 device, size = torch.device(args.device), args.batch_size
-net = CapsNet((args.cameras, 32, 32), 5, args.routing, **dict(args.option)).to(device)
+options = dict(args.option) | ({} if args.iterations is None else {"iterations": args.iterations})
+net = CapsNet((args.cameras, 32, 32), 5, args.routing, **options).to(device)
 images = torch.randn(size, *net.image_shape, device=device)
 labels = torch.zeros(size, dtype=torch.int64, device=device)
 net = train.speed_up(net, images, args)
