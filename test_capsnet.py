@@ -432,8 +432,9 @@ def test_any_number_of_networks_is_compiled_and_keeps_its_weights(monkeypatch):
     assert len(graphs) == 3 * 2 * 2  # two layers, with and without gradients
     weights = zip(net.state_dict().values(), fast.state_dict().values(), strict=True)
     assert all(torch.equal(*pair) for pair in weights)
-    elsewhere = train.speed_up(tiny_net("em").to("meta"), images.to("meta"), ARGS)
-    assert type(elsewhere.caps1) is ConvCaps  # whole batches where there is no CPU's cache
+    elsewhere = tiny_net("em").to("meta")  # neither CPU nor CUDA
+    assert train.speed_up(elsewhere, images.to("meta"), ARGS) is elsewhere
+    assert type(elsewhere.caps1) is ConvCaps  # whole batches
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -102,7 +102,7 @@ def speed_up(net, images, args):
     if images.is_cpu:
         for layer in [m for m in net.modules() if isinstance(m, ConvCaps)][:-1]:
             layer.__class__ = OneByOne  # not class_caps, which has 2 % of the votes
-    if not args.compile:
+    if not args.compile or images.device.type not in ("cpu", "cuda"):
         return net
     print("compiling, for a minute or two", flush=True)
     fast = copy.deepcopy(net)
