@@ -19,7 +19,7 @@ Glossary (EM paper: Hinton et al., ICLR 2018; dynamic paper: Sabour et al., Neur
 Axes, the same letters everywhere
 
     B images   C, O input and output channels   P side of a pose, D = P * P entries
-    I inputs of one receptive field (the paper's N): channel by channel, in each cell by cell
+    I inputs of one receptive field (the paper's N): ordered by channel, then by cell
     N receptive fields, one for each output position of each image
 
 Between layers poses are (B, C, *grid, P, P), logits (B, C, *grid). Inside a layer the inputs come
@@ -32,8 +32,8 @@ and dynamic routing; EM (a variance for each entry) and the LSTM can only learn 
 Where this departs from the paper, or chooses what the paper leaves open (training: train.py)
 
     * Before it votes, every pose is divided by its Frobenius norm, as in the author's early
-      versions; his later ones do it with primary poses only. Otherwise the norms of votes halve
-      (P = 4) in every layer. So no pose has a norm above 1: one to be regressed needs a scale.
+      versions; his later ones divide primary poses only. Without this the norms of votes halve
+      (P = 4) in every layer. With it no pose has a norm above 1: to regress one, add a scale.
     * No coordinates are added to poses. In short trials those of the input raised the error on new
       toys; the author's (output position, slot in the field) were not tried.
     * Primary poses have no ReLU (the author's do).
@@ -58,8 +58,8 @@ from torch import nn
 def compute_votes(pose, weight):
     """Eq. 1: v_ij = (W_ij / ||W_ij||_F) M_i.
 
-    pose (I, P, P, N), weight (I, O, P, P) -> votes (I, O, D, N). Finite, with its gradient, at
-    weight = 0.
+    pose (I, P, P, N), weight (I, O, P, P) -> votes (I, O, D, N). At weight = 0 the votes and their
+    gradients are finite.
     """
     weight = F.normalize(weight, dim=(-2, -1), eps=1e-6)
     return torch.einsum("iopq,iqrn->ioprn", weight, pose).flatten(2, 3)
@@ -130,7 +130,7 @@ def update_compatibility(similarity, log_a, lambda1, lambda2):
     Softmax over the first axis, the *input* capsules: every output capsule spreads one unit of
     attention over its votes. (EM and dynamic routing share out an input over its parents instead.)
     """
-    total = lambda1 + lambda2  # in two fractions: compiled, one makes scoring 0.86 times as fast
+    total = lambda1 + lambda2  # in two fractions: with one, compiled scoring is 0.86 times as fast
     return (similarity / total + lambda2 / total * log_a).softmax(0)
 
 
@@ -191,8 +191,8 @@ class ConnectionistRouting(Routing):
         c_ij = softmax_i(phi(h_ij))
         logit_j = psi(sum_i c_ij s_ij)                             # Eq. 14, after the iterations
 
-    The cell is written out below, so that the product of its weights and v_ij, which is the same in
-    each iteration, is taken once, and that of mu_j once for all i.
+    The cell is written out below so that the product of its weights with v_ij, the same in every
+    iteration, is computed only once, and that with mu_j only once for all i.
     hidden_size: of the cell; phi, psi: their hidden layers (Table 2).
     """
 
@@ -200,7 +200,7 @@ class ConnectionistRouting(Routing):
         super().__init__(out_channels, iterations)
         entries = pose_size**2
         self.cell = nn.LSTMCell(2 * entries + 2, hidden_size)
-        with torch.no_grad():  # PyTorch's are small for votes, whose entries are near 1/8
+        with torch.no_grad():  # PyTorch's weights are too small for votes, with entries near 1/8
             self.cell.weight_ih[:, : 2 * entries] *= math.sqrt(entries)
         self.phi = mlp(hidden_size, *phi, 1)
         self.psi = mlp(hidden_size, *psi, 1)
@@ -278,7 +278,7 @@ class ConvCaps(nn.Module):
         """(B, C, *grid, ...) -> (I, ..., N), and the shape that N unflattens to, (B, *out)."""
         windows = [[slice(k, n - size + k + 1, step) for k in range(size)]
                    for n, size, step in zip(x.shape[2:], self.kernel_size, self.stride)]
-        # Slices, not unfold: torch 2.13 compiles its backward wrongly for more than one thread.
+        # Slices, not unfold, whose backward torch 2.13 compiles wrongly for several threads.
         x = x.transpose(0, 1)
         x = torch.stack([x[:, :, *window] for window in product(*windows)], 1).flatten(0, 1)
         places = x.shape[1:2 + len(windows)]  # x: (I, B, *out, ...)
@@ -318,7 +318,7 @@ class CapsNet(nn.Module):
 
     image_shape: (channels, *spatial), one to three spatial dimensions of 17 or more each, such as
         (1, height, width) for grey images.
-    pose_size: P, 2 or more: for 1 the norm leaves only a sign.
+    pose_size: P, 2 or more; with 1, division by the norm would leave only a sign.
     routing: one of ROUTINGS; routing_options, such as iterations=2, are for its three layers, and
         override those of ROUTINGS.
     channels: of the convolution and of the three capsule layers below the classes.
@@ -359,8 +359,8 @@ class CapsNet(nn.Module):
 
     def parameter_groups(self, lr):
         """For an optimizer: routing's own parameters have further to go than W and learn at five
-        times the rate. Not so its kernels, which at that rate soon are far narrower or wider than
-        all distances: k is then the same for all votes, and its gradient vanishes."""
+        times the rate. Its kernels do not: at that rate they soon become far narrower or wider than
+        all distances; k is then the same for all votes, and its gradient vanishes."""
         own = lambda name: ".routing." in name and not name.endswith(("kernel_logit", "log_width"))
         return [{"params": [p for name, p in self.named_parameters() if own(name) == fast],
                  "lr": 5 * lr if fast else lr} for fast in (False, True)]
@@ -402,7 +402,7 @@ class EMRouting(Routing):
         self.beta_a = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, votes, log_a, fields=None):
-        log_ap = torch.zeros_like(votes[:, :, 0])  # log(a_j p_ij), up to what all parents share
+        log_ap = torch.zeros_like(votes[:, :, 0])  # log(a_j p_ij), up to a term all parents share
         for t in range(self.iterations):
             # E-step: R_ij = a_j p_ij / sum_k a_k p_ik
             if t:

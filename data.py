@@ -53,8 +53,8 @@ class Dataset(NamedTuple):
 def load(name, data_dir="datasets", cameras=1):
     """(train, test) Datasets of "toys", "mnist" or "smallnorb", from files in data_dir/name.
 
-    Toys are rendered. The official files are used where they are, raw or .gz, and downloaded where
-    they are not. The result is cached there; later calls need nothing but the cache.
+    Toys are rendered. The official files, raw or .gz, are used if they are there and downloaded if
+    not. The result is cached there; later calls need nothing but the cache.
     cameras: 1 or, for smallnorb, 2; they become the channels. Raises DataError, OSError.
     """
     assert cameras == 1 or name == "smallnorb", f"{name} has one camera"
@@ -228,7 +228,7 @@ def _towards(azimuth, elevation):
 def _render(parts, azimuth, elevation, lamp):
     """(V, 1, 40, 40) uint8: orthographic views of one toy, and its shadow on a light ground.
 
-    Angles (V,) in radians: of the camera above the ground, and where the lamp stands around it.
+    Angles (V,) in radians: the camera's azimuth and elevation, and the lamp's azimuth.
     """
     n = 40  # pixels a side
     eye, light = _towards(azimuth, elevation), _towards(lamp, torch.full_like(lamp, 0.9))

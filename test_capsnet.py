@@ -1,5 +1,5 @@
-"""What must stay true: capsnet.py against loops from the equations, data.py against files made
-here in the official formats, whole and damaged, train.py as a user runs it.
+"""What must stay true: capsnet.py agrees with loops from the equations; data.py reads, or refuses,
+files made here in the official formats, whole or damaged; train.py works as a user runs it.
 
 An oracle takes one image: votes v (L, O, I, D), activations a (L, I), and `fields`, the I input
 capsules that each of the L output positions sees. It returns (pose, logit, compatibility) for each
@@ -396,7 +396,7 @@ def test_what_would_be_wrong_in_silence_is_refused(call):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 @every_routing
-def test_compiled_for_several_threads_as_in_train_a_layer_is_the_plain_one(name):
+def test_a_layer_compiled_for_several_threads_as_in_train_equals_the_plain_one(name):
     """Wrong code may also write outside its memory, and abort."""
     plain = CapsNet((1, 32, 32), 5, name).caps2
     fast = copy.deepcopy(plain)
@@ -456,7 +456,7 @@ def test_compiled_on_a_gpu_a_network_trains_as_the_plain_one(name):
         train.evaluate(fast, data.Dataset(images.byte(), labels, None), args)
 
 
-def test_readmes_programs_run_and_but_for_the_first_need_capsnet_and_torch_only(tmp_path):
+def test_readme_programs_run_and_all_but_the_first_need_only_capsnet_and_torch(tmp_path):
     shutil.copy(cn.__file__, tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     check = "assert (logits.argmax(1) != labels[test]).float().mean() < 0.1"

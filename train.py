@@ -24,7 +24,7 @@ import sys
 import time
 from pathlib import Path
 
-# Before torch, whose threads spin while they wait, on Linux: two runs at once come to a standstill.
+# Set before torch is imported: on Linux its waiting threads spin, and two runs at once would stall.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -51,9 +51,9 @@ def parse(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--dataset", choices=data.SPECS, default="toys", help="toys need no download")
-    add("--cameras", type=int, choices=(1, 2), default=1, help="2, of smallnorb only: as channels")
+    add("--cameras", type=int, choices=(1, 2), default=1, help="2 (smallnorb only): as channels")
     add("--routing", choices=ROUTINGS, default="similarity", help="the routing procedure")
-    add("--iterations", type=int, help="if not the routing's own; 0, of similarity only: mean vote")
+    add("--iterations", type=int, help="if not the routing's own; 0 (similarity only): mean vote")
     add("--option", type=assignment, metavar="NAME=VALUE", nargs="+", default=[],
         help="for the routing's constructor, such as lambda1=1 num_kernels=2")
     add("--epochs", type=int, help=f"if not {EPOCHS}")
@@ -61,21 +61,21 @@ def parse(argv=None):
     add("--lr", type=float, help=f"Adam's highest learning rate, if not {LR}")
     add("--validate", type=int, metavar="INSTANCE",
         help="hold out this training instance of every class, and leave the test set alone")
-    add("--crops", type=int, default=1, help="score N x N crops, 1: the central one")
+    add("--crops", type=int, default=1, help="score N x N crops; 1 is the central one")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
     add("--compile", action=argparse.BooleanOptionalAction, default=True,
         help="faster, after a minute or two; uncompiled where compiling fails")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="such as cuda:1")
     add("--data-dir", type=os.path.abspath, default="datasets", help="folder of the data sets")
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--out", type=Path, help="folder for the run, to be made; if not one in runs/")
+    add("--out", type=Path, help="new folder for the run; by default one in runs/")
     add("--resume", type=Path, metavar="CHECKPOINT", help="continue this run")
     add("--eval", type=Path, metavar="WEIGHTS", help="score these weights again")
     args, checkpoint = parser.parse_args(argv), None
     if path := args.resume or args.eval:
         kind = "checkpoint.pt" if args.resume else "weights.pt"
         try:
-            assert args.eval or path.name == kind  # a copy would overwrite what it is a copy of
+            assert args.eval or path.name == kind  # resuming a copy would overwrite the original
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             settings = dict(checkpoint["settings"])
         except Exception as error:  # the unpickler may raise anything on a damaged or foreign file
@@ -199,7 +199,7 @@ def main(argv=None, build=CapsNet):
 
     for epoch in range(step // per_epoch, args.epochs):
         # Seeds from epoch and step, so that a resumed run takes the same steps, on one CPU thread
-        # bit for bit. (At seed 0 weights, first order and first augmentation have one seed.)
+        # bit for bit. (With --seed 0, weights, first order and first augmentation share a seed.)
         torch.manual_seed(1000 * args.seed + epoch)
         order = torch.randperm(len(fit.labels)).to(device).split(size)[:per_epoch]
         first, began, shown = step, time.perf_counter(), time.perf_counter()
@@ -253,7 +253,7 @@ def main(argv=None, build=CapsNet):
 
 
 def command_line(build=CapsNet):
-    """main, for a terminal: what a file or the machine did wrong is one line."""
+    """main, for a terminal: errors of files or of the machine are shown in one line."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         main(build=build)

@@ -1,4 +1,4 @@
-"""The plain CNN that the README compares with: train.py, another network in the capsules' place.
+"""The plain CNN that the README compares with: train.py with another network in place of capsules.
 
     python results/plain_cnn.py --dataset smallnorb --lr 6e-3 --out runs/cnn
     python results/plain_cnn.py --eval runs/cnn/weights.pt --crops 2
@@ -14,7 +14,7 @@ import train
 
 
 class PlainCNN(nn.Module):
-    """43,000 parameters. images (B, *image_shape) -> None, in place of poses; logits (B, classes)"""
+    """43,000 parameters. images (B, *image_shape) -> None in place of poses, logits (B, classes)"""
 
     def __init__(self, image_shape, num_classes, routing, **options):
         super().__init__()
