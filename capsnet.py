@@ -79,10 +79,10 @@ class Routing(nn.Module):
     the paper, is what one call of `compatibility` hands to the next, at first None. EM and dynamic
     routing replace `forward`: they start from equal shares over an input's parents and need
     `fields`, see `log_softmax_over_parents`. `CapsNet` finds a procedure in ROUTINGS and constructs
-    it as (out_channels, pose_size, **options). iterations: 1 or more; of similarity routing also 0,
-    the mean vote.
+    it as (out_channels, pose_size=..., **options). iterations: 1 or more; similarity routing also
+    takes 0, the mean vote.
 
-        mu, logit, c = SimilarityRouting(5)(torch.randn(72, 5, 16, 2), torch.zeros(72, 1, 2))
+        mu, logit, c = SimilarityRouting(5)(torch.randn(72, 5, 16, 2) / 10, torch.zeros(72, 1, 2))
         assert torch.allclose(c.sum(0), torch.ones(5, 2))  # true of your own, too?
     """
 
@@ -138,13 +138,14 @@ class SimilarityRouting(Routing):
     """Section 4.1: routing by alternation on an objective (Eq. 2) whose parameters are learned.
 
     num_kernels: Q of Eq. 15, shared by all channels; the sigma_q start evenly spaced in logarithm
-        from the first to the second of `widths` (a single one at the first).
+        from the first to the second of `widths` (a single one at the first), which should be of
+        the order of the distances between votes; in `ConvCaps` these are 0.3 to 0.5.
     lambda1, lambda2, theta1: initial values; each output channel learns its own. theta_1 must be
         large: k lies in (0, 1]. One lambda may be zero, and stays so, but becomes NaN (its
         logarithm is infinite) under Adam's weight decay or in an average of weights.
     """
 
-    def __init__(self, out_channels, pose_size=4, iterations=3, num_kernels=4, widths=(0.1, 1.0),
+    def __init__(self, out_channels, *, pose_size=4, iterations=3, num_kernels=4, widths=(0.1, 1.0),
                  lambda1=0.2, lambda2=0.2, theta1=20.0):
         super().__init__(out_channels, iterations)
         lambdas, theta = torch.tensor([lambda1, lambda2]), torch.tensor([theta1, 0.0, 1.0])
@@ -196,7 +197,7 @@ class ConnectionistRouting(Routing):
     hidden_size: of the cell; phi, psi: their hidden layers (Table 2).
     """
 
-    def __init__(self, out_channels, pose_size=4, iterations=3, hidden_size=16, phi=(), psi=()):
+    def __init__(self, out_channels, *, pose_size=4, iterations=3, hidden_size=16, phi=(), psi=()):
         super().__init__(out_channels, iterations)
         entries = pose_size**2
         self.cell = nn.LSTMCell(2 * entries + 2, hidden_size)
@@ -292,7 +293,7 @@ class ConvCaps(nn.Module):
         pose = F.normalize(pose, dim=(-2, -1), eps=1e-4)  # a shorter one is noise, and stays short
         pose, places = self.receptive_fields(pose)  # (I, P, P, N)
         assert len(pose) == len(self.weight), f"{len(pose)} inputs, W has {len(self.weight)}"
-        log_a = F.logsigmoid(self.receptive_fields(logit)[0])  # (I, N)
+        log_a = F.logsigmoid(self.receptive_fields(logit)[0].clamp_min(-1e4))  # (I, N), finite
         index = torch.arange(logit.numel(), device=logit.device).view(logit.shape)
         fields = (self.receptive_fields(index)[0], logit.numel())  # for EM and dynamic routing
         votes = compute_votes(pose, self.weight)
@@ -340,7 +341,7 @@ class CapsNet(nn.Module):
         conv, batch_norm = getattr(nn, f"Conv{dims}d"), getattr(nn, f"BatchNorm{dims}d")
 
         def caps(inputs, outputs, options, kernel_size, stride=1):
-            routing = procedure(outputs, pose_size, **options | routing_options)
+            routing = procedure(outputs, pose_size=pose_size, **options | routing_options)
             return ConvCaps(inputs, outputs, kernel_size, routing, stride, pose_size, dims)
 
         self.conv = nn.Sequential(conv(in_channels, features, kernel_size=5, stride=2), nn.ReLU(),
@@ -395,7 +396,7 @@ class EMRouting(Routing):
     The EM paper: 3 iterations and 0.01 (both worse here, in short trials), votes W M, spread loss.
     """
 
-    def __init__(self, out_channels, pose_size=4, iterations=2, inverse_temperature=0.03):
+    def __init__(self, out_channels, *, pose_size=4, iterations=2, inverse_temperature=0.03):
         super().__init__(out_channels, iterations)
         self.inverse_temperature = inverse_temperature
         self.beta_u = nn.Parameter(torch.zeros(out_channels))
@@ -430,7 +431,7 @@ class DynamicRouting(Routing):
         long in caps1, 0.0005 in caps2.
     """
 
-    def __init__(self, out_channels, pose_size=4, iterations=3, gain=10.0):
+    def __init__(self, out_channels, *, pose_size=4, iterations=3, gain=10.0):
         super().__init__(out_channels, iterations)
         self.gain = gain
 

@@ -38,7 +38,8 @@ HERE = Path(cn.__file__).parent
 ARGS, _ = train.parse(["--device", "cpu"])  # all defaults
 MAKE = {
     "similarity": lambda o: cn.SimilarityRouting(o, num_kernels=2),
-    "connectionist": lambda o: cn.ConnectionistRouting(o, 2, hidden_size=3, phi=(4,), psi=(6, 5)),
+    "connectionist": lambda o: cn.ConnectionistRouting(o, pose_size=2, hidden_size=3, phi=(4,),
+                                                         psi=(6, 5)),
     "em": cn.EMRouting,
     "dynamic": cn.DynamicRouting,
 }
@@ -292,7 +293,7 @@ EXTREMES = {
     "zero_poses": lambda layer, pose, logit: pose.zero_(),
     "zero_weight": lambda layer, pose, logit: layer.weight.zero_(),
     "identical_votes": lambda layer, pose, logit: (pose.fill_(1), layer.weight.fill_(1)),
-    "absent": lambda layer, pose, logit: logit.fill_(-1e4),
+    "absent": lambda layer, pose, logit: logit.fill_(-math.inf),
     "mixed": lambda layer, pose, logit: logit.sign_().mul_(1e4),
 }
 
@@ -716,7 +717,7 @@ def test_a_run_learns_and_stopped_resumed_and_prolonged_it_takes_the_same_steps(
 
     monkeypatch.setattr(torch.optim.Adam, "step", stop_at_10_of_the_second)
     monkeypatch.setattr(train, "SHOW_SECONDS", 0)  # so it saves after every step
-    command = [*small_mnist[:-2], "--epochs", "4", "--option", "num_kernels=3", "lambda1=0.3"]
+    command = [*small_mnist[:-2], "--epochs=4", "--option", "num_kernels=3", "--option=lambda1=0.3"]
     whole, cut = tmp_path / "whole", tmp_path / "the 'cut' one"
     train.main([*command, "--out", str(whole)])
     assert json.loads((whole / "result.json").read_text())["test_error"] < 50  # guessing: 90

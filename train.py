@@ -54,8 +54,8 @@ def parse(argv=None):
     add("--cameras", type=int, choices=(1, 2), default=1, help="2 (smallnorb only): as channels")
     add("--routing", choices=ROUTINGS, default="similarity", help="the routing procedure")
     add("--iterations", type=int, help="if not the routing's own; 0 (similarity only): mean vote")
-    add("--option", type=assignment, metavar="NAME=VALUE", nargs="+", default=[],
-        help="for the routing's constructor, such as lambda1=1 num_kernels=2")
+    add("--option", type=assignment, metavar="NAME=VALUE", nargs="+", action="extend",
+        default=[], help="for the routing's constructor, such as lambda1=1 num_kernels=2")
     add("--epochs", type=int, help=f"if not {EPOCHS}")
     add("--batch-size", type=int, default=16, help="images per step")
     add("--lr", type=float, help=f"Adam's highest learning rate, if not {LR}")
@@ -238,7 +238,7 @@ def main(argv=None, build=CapsNet):
         sums.zero_()
         save()  # before the row, which on a full disk may then be missing, but is never there twice
         with open(out / "metrics.csv", "a") as file:
-            for line in [row.keys(), row.values()][epoch > 0:]:
+            for line in [row.keys(), row.values()][file.tell() > 0:]:
                 print(*line, sep=",", file=file)
 
     seconds = round(time.perf_counter() - start, 1)
