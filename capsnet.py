@@ -279,8 +279,8 @@ class ConvCaps(nn.Module):
         """(B, C, *grid, ...) -> (I, ..., N), and the shape that N unflattens to, (B, *out)."""
         windows = [[slice(k, n - size + k + 1, step) for k in range(size)]
                    for n, size, step in zip(x.shape[2:], self.kernel_size, self.stride)]
-        # Slices, not unfold, whose backward torch 2.13 compiles wrongly for several threads.
         x = x.transpose(0, 1)
+        # Slices, not unfold, whose backward torch 2.13 compiles wrongly for several threads.
         x = torch.stack([x[:, :, *window] for window in product(*windows)], 1).flatten(0, 1)
         places = x.shape[1:2 + len(windows)]  # x: (I, B, *out, ...)
         return x.flatten(1, len(places)).movedim(1, -1), places
