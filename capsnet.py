@@ -137,9 +137,9 @@ def update_compatibility(similarity, log_a, lambda1, lambda2):
 class SimilarityRouting(Routing):
     """Section 4.1: routing by alternation on an objective (Eq. 2) whose parameters are learned.
 
-    num_kernels: Q of Eq. 15, shared by all channels; the sigma_q start evenly spaced in logarithm
-        from the first to the second of `widths` (a single one at the first), which should be of
-        the order of the distances between votes; in `ConvCaps` these are 0.3 to 0.5.
+    num_kernels: Q of Eq. 15, shared by all channels.
+    widths: the smallest and largest initial sigma_q, evenly spaced in logarithm (a single one has
+        the first); of the order of the distances to the votes, in `ConvCaps` about 0.3 to 0.5.
     lambda1, lambda2, theta1: initial values; each output channel learns its own. theta_1 must be
         large: k lies in (0, 1]. One lambda may be zero, and stays so, but becomes NaN (its
         logarithm is infinite) under Adam's weight decay or in an average of weights.
