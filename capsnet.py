@@ -10,7 +10,7 @@ Glossary (EM paper: Hinton et al., ICLR 2018; dynamic paper: Sabour et al., Neur
 
     code              symbol      where    what it is
     pose, mu          M_i, mu_j            what a capsule says about its part: a P x P matrix
-    logit, log_a      a_i, a_j             the activation a = sigmoid(logit); log_a is finite
+    logit, log_a      a_i, a_j             the activation a = sigmoid(logit); log a, kept finite
     weight            W_ij        Eq. 1    takes the pose of input i to its vote for output j
     votes             v_ij        Eq. 1    what i predicts for the pose of j
     c, compatibility  c_ij        Eq. 3    share of vote i in mu_j: sums to 1 over i (dynamic: j)
@@ -83,7 +83,7 @@ class Routing(nn.Module):
     takes 0, the mean vote.
 
         mu, logit, c = SimilarityRouting(5)(torch.randn(72, 5, 16, 2) / 10, torch.zeros(72, 1, 2))
-        assert torch.allclose(c.sum(0), torch.ones(5, 2))  # true of your own, too?
+        assert torch.allclose(c.sum(0), torch.ones(5, 2))  # not so in dynamic routing
     """
 
     def __init__(self, out_channels, iterations):
@@ -91,6 +91,7 @@ class Routing(nn.Module):
         self.out_channels, self.iterations = out_channels, iterations
 
     def forward(self, votes, log_a, fields=None):
+        assert log_a.shape == votes[:, :1, 0].shape  # (I, 1, N); another would broadcast
         state, c = None, torch.full_like(votes[:, :, 0], 1 / len(votes))  # (I, O, N)
         mu = update_pose(c, votes)  # (O, D, N)
         for _ in range(self.iterations):
@@ -141,7 +142,7 @@ class SimilarityRouting(Routing):
     widths: the smallest and largest initial sigma_q, evenly spaced in logarithm (a single one has
         the first); of the order of the distances to the votes, in `ConvCaps` about 0.3 to 0.5.
     lambda1, lambda2, theta1: initial values; each output channel learns its own. theta_1 must be
-        large: k lies in (0, 1]. One lambda may be zero, and stays so, but becomes NaN (its
+        large, as k <= 1. One lambda may be zero, and stays so, but becomes NaN (its
         logarithm is infinite) under Adam's weight decay or in an average of weights.
     """
 
@@ -160,11 +161,9 @@ class SimilarityRouting(Routing):
         weights, factors = self.kernel_logit.softmax(0), -0.5 * (-2 * self.log_width).exp()
         return sum(w * (f * d2).exp() for w, f in zip(weights, factors))
 
-    def lambdas(self):
-        return self.log_lambda.exp().unsqueeze(-1)  # (2, O, 1)
-
     def compatibility(self, mu, votes, log_a, c, state):
-        return update_compatibility(self.similarity(mu, votes), log_a, *self.lambdas()), state
+        lambda1, lambda2 = self.log_lambda.exp().unsqueeze(-1)  # (O, 1) each
+        return update_compatibility(self.similarity(mu, votes), log_a, lambda1, lambda2), state
 
     def activation(self, mu, votes, log_a, c, state):
         """Eq. 13: logit a = theta_1 sum_i c_i k_i + theta_2 + |theta_3| sum_i c_i log a_i."""
@@ -192,8 +191,8 @@ class ConnectionistRouting(Routing):
         c_ij = softmax_i(phi(h_ij))
         logit_j = psi(sum_i c_ij s_ij)                             # Eq. 14, after the iterations
 
-    The cell is written out below so that the product of its weights with v_ij, the same in every
-    iteration, is computed only once, and that with mu_j only once for all i.
+    The cell is written out below, so that the products of its weights with v_ij are computed once
+    for all iterations, and those with mu_j once for all i.
     hidden_size: of the cell; phi, psi: their hidden layers (Table 2).
     """
 
@@ -290,7 +289,7 @@ class ConvCaps(nn.Module):
         assert pose.shape == logit.shape + matrix and logit.ndim == 2 + dims, (
             f"pose {tuple(pose.shape)}, logit {tuple(logit.shape)}, {dims} spatial dimensions")
         assert all(n >= k for n, k in zip(logit.shape[2:], self.kernel_size)), "kernel over grid"
-        pose = F.normalize(pose, dim=(-2, -1), eps=1e-4)  # a shorter one is noise, and stays short
+        pose = F.normalize(pose, dim=(-2, -1), eps=1e-4)  # a shorter pose is noise: it stays short
         pose, places = self.receptive_fields(pose)  # (I, P, P, N)
         assert len(pose) == len(self.weight), f"{len(pose)} inputs, W has {len(self.weight)}"
         log_a = F.logsigmoid(self.receptive_fields(logit)[0].clamp_min(-1e4))  # (I, N), finite
@@ -308,7 +307,7 @@ class ConvCaps(nn.Module):
 
 # ------------------------------------------------------------------------------ the network
 
-ROUTINGS = {  # the class, and options that are not its defaults in caps1, caps2 and class_caps
+ROUTINGS = {  # the class, and where caps1, caps2 and class_caps differ from its defaults
     "similarity": (SimilarityRouting, {}, {}, dict(num_kernels=10, theta1=60.0)),
     "connectionist": (ConnectionistRouting, {}, dict(phi=(32, 32), psi=(64, 64)),
                       dict(phi=(64, 64), psi=(124, 124)))}  # as in Table 2
@@ -391,9 +390,9 @@ class EMRouting(Routing):
     """EM routing (EM paper): votes cluster around Gaussians, one for each output capsule.
 
     r_ij = R_ij a_i is the weight of vote i in cluster j, and c = r / sum_i r, so that the mean of
-    the M-step is Eq. 4. R is normalised over all parents of an input; at first they are equal.
+    the M-step is Eq. 4. R, at first equal, is normalised over all parents of an input.
     The activation's lambda is inverse_temperature * (1 - 0.95^(t+1)) in iteration t = 0, 1, ...
-    The EM paper: 3 iterations and 0.01 (both worse here, in short trials), votes W M, spread loss.
+    The EM paper: 3 iterations and 0.01 (both worse here, in short trials), votes M W, spread loss.
     """
 
     def __init__(self, out_channels, *, pose_size=4, iterations=2, inverse_temperature=0.03):
@@ -403,13 +402,11 @@ class EMRouting(Routing):
         self.beta_a = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, votes, log_a, fields=None):
+        assert log_a.shape == votes[:, :1, 0].shape
         log_ap = torch.zeros_like(votes[:, :, 0])  # log(a_j p_ij), up to a term all parents share
         for t in range(self.iterations):
-            # E-step: R_ij = a_j p_ij / sum_k a_k p_ik
-            if t:
-                log_ap = F.logsigmoid(logit) - (log_sigma + 0.5 * d2 / variance).sum(2)
+            # M-step, with R_ij = a_j p_ij / sum_k a_k p_ik
             log_r = log_softmax_over_parents(log_ap, fields) + log_a  # (I, O, N)
-            # M-step
             c = log_r.softmax(0)
             mu = update_pose(c, votes)  # (O, D, N)
             d2 = (votes - mu).square()
@@ -418,14 +415,16 @@ class EMRouting(Routing):
             cost = (self.beta_u[:, None, None] + log_sigma).sum(1) * log_r.exp().sum(0)
             inverse = self.inverse_temperature * (1 - 0.95 ** (t + 1))
             logit = inverse * (self.beta_a[:, None] - cost)  # (O, N)
+            # E-step
+            log_ap = F.logsigmoid(logit) - (log_sigma + 0.5 * d2 / variance).sum(2)
         return mu, logit, c
 
 
 class DynamicRouting(Routing):
     """Dynamic routing (dynamic paper): c_ij = softmax of b_ij over all parents j of input i.
 
-    The pose is squash(s_j), s_j = sum_i c_ij v_ij, and its length is the activation: so the votes
-    of an input are multiplied by a_i. c sums to 1 over the parents.
+    The pose is squash(s_j), s_j = sum_i c_ij v_ij, its length the activation. `ConvCaps` removes
+    that length before poses vote: hence the factor a_i of votes. c sums to 1 over the parents.
     gain: a further factor of the votes, not in the paper. Those of Eq. 1 are short, and squash
         makes a short s about ||s||^2 long: without a gain, poses of an untrained network are 0.02
         long in caps1, 0.0005 in caps2.
@@ -436,6 +435,7 @@ class DynamicRouting(Routing):
         self.gain = gain
 
     def forward(self, votes, log_a, fields=None):
+        assert log_a.shape == votes[:, :1, 0].shape
         votes = self.gain * log_a.exp().unsqueeze(2) * votes
         b = torch.zeros_like(votes[:, :, 0])  # (I, O, N)
         for _ in range(self.iterations):

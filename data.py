@@ -57,7 +57,7 @@ def load(name, data_dir="datasets", cameras=1):
     not. The result is cached there; later calls need nothing but the cache.
     cameras: 1 or, for smallnorb, 2; they become the channels. Raises DataError, OSError.
     """
-    assert cameras == 1 or name == "smallnorb", f"{name} has one camera"
+    assert cameras == 1 or (name, cameras) == ("smallnorb", 2), f"{name}: not {cameras} cameras"
     folder = Path(data_dir) / name
     cache = folder / f"cache-{cameras}.pt"
     if cache.exists():

@@ -89,7 +89,7 @@ def parse(argv=None):
 
 
 class OneByOne(ConvCaps):
-    """For CPUs: the votes of one image fit into their cache, those of a batch do not."""
+    """For CPUs: their cache holds the votes of one image, but not those of a batch."""
 
     def __call__(self, pose, logit):
         call, images = super().__call__, zip(pose.split(1), logit.split(1))
@@ -198,8 +198,7 @@ def main(argv=None, build=CapsNet):
           f"if it is stopped: {again('--resume', 'checkpoint.pt')}", flush=True)
 
     for epoch in range(step // per_epoch, args.epochs):
-        # Seeds from epoch and step, so that a resumed run takes the same steps, on one CPU thread
-        # bit for bit. (With --seed 0, weights, first order and first augmentation share a seed.)
+        # Seeded anew, so that a resumed run takes the same steps, on one CPU thread bit for bit.
         torch.manual_seed(1000 * args.seed + epoch)
         order = torch.randperm(len(fit.labels)).to(device).split(size)[:per_epoch]
         first, began, shown = step, time.perf_counter(), time.perf_counter()
@@ -236,7 +235,7 @@ def main(argv=None, build=CapsNet):
             print(f"validation error {row['validation_error']:.2f} %", flush=True)
         row["seconds"] = round(time.perf_counter() - start, 1)
         sums.zero_()
-        save()  # before the row, which on a full disk may then be missing, but is never there twice
+        save()  # before the row: a full disk may then cost the row, but never write it twice
         with open(out / "metrics.csv", "a") as file:
             for line in [row.keys(), row.values()][file.tell() > 0:]:
                 print(*line, sep=",", file=file)

@@ -7,10 +7,10 @@
 import sys
 from pathlib import Path
 
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's folder
-import train
+import train  # before torch: it tells threads how to wait
+
+from torch import nn
 
 
 class PlainCNN(nn.Module):

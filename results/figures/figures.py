@@ -105,7 +105,8 @@ def lambdas():
                 c, _ = routing.compatibility(mu, votes, log_a, None, None)
                 for mu in (mu, step(mu, c)):
                     k = routing.similarity(mu, votes)
-                    js.append(routing_objective(k, c, log_a, *routing.lambdas()).item())
+                    lambda12 = routing.log_lambda.exp().unsqueeze(-1)
+                    js.append(routing_objective(k, c, log_a, *lambda12).item())
             right.plot(torch.arange(1, len(js) + 1) / 2, js, style, label=label)
         right.set_ylabel("J (Eq. 2)")
     axes[0, -1].set_title("$\\lambda_1$ = 0.1: the objective")
