@@ -131,8 +131,7 @@ def update_compatibility(similarity, log_a, lambda1, lambda2):
     Softmax over the first axis, the *input* capsules: every output capsule spreads one unit of
     attention over its votes. (EM and dynamic routing share out an input over its parents instead.)
     """
-    total = lambda1 + lambda2  # in two fractions: with one, compiled scoring is 0.86 times as fast
-    return (similarity / total + lambda2 / total * log_a).softmax(0)
+    return ((similarity + lambda2 * log_a) / (lambda1 + lambda2)).softmax(0)
 
 
 class SimilarityRouting(Routing):
