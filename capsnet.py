@@ -4,7 +4,7 @@ One file, nothing but torch. Read it beside the paper from top to bottom, or cop
 
     net = CapsNet(image_shape=(1, 32, 32), num_classes=5, routing="similarity")
     poses, logits = net(torch.randn(8, 1, 32, 32))   # (8, 5, 4, 4), (8, 5)
-    optimizer = torch.optim.Adam(net.parameter_groups(lr=1.2e-2))
+    optimizer = torch.optim.Adam(net.parameter_groups(lr=1.2e-2))  # connectionist: 3e-3
 
 Glossary (EM paper: Hinton et al., ICLR 2018; dynamic paper: Sabour et al., NeurIPS 2017)
 
@@ -33,7 +33,8 @@ Where this departs from the paper, or chooses what the paper leaves open (traini
 
     * Before it votes, every pose is divided by its Frobenius norm, as in the author's early
       versions; his later ones divide primary poses only. Without this the norms of votes halve
-      (P = 4) in every layer. With it no pose has a norm above 1: to regress one, add a scale.
+      (P = 4) in every layer. With it no pose above the primary ones has a norm above 1: to regress
+      one, add a scale.
     * No coordinates are added to poses. In short trials those of the input raised the error on new
       toys; the author's (output position, slot in the field) were not tried.
     * Primary poses have no ReLU (the author's do).
@@ -73,7 +74,7 @@ def update_pose(compatibility, votes):
 class Routing(nn.Module):
     """Algorithm 1: alternate between compatibilities and poses, then decide on the activations.
 
-    votes (I, O, D, N), log_a (I, 1, N) -> pose (O, D, N), logit (O, N), c (I, O, N)
+    votes (I, O, D, N), log_a (I, 1, N), finite -> pose (O, D, N), logit (O, N), c (I, O, N)
 
     A routing procedure is a subclass that defines `compatibility` and `activation`. `state`, S in
     the paper, is what one call of `compatibility` hands to the next, at first None. EM and dynamic
@@ -391,7 +392,7 @@ class EMRouting(Routing):
     r_ij = R_ij a_i is the weight of vote i in cluster j, and c = r / sum_i r, so that the mean of
     the M-step is Eq. 4. R, at first equal, is normalised over all parents of an input.
     The activation's lambda is inverse_temperature * (1 - 0.95^(t+1)) in iteration t = 0, 1, ...
-    The EM paper: 3 iterations and 0.01 (both worse here, in short trials), votes M W, spread loss.
+    The EM paper: 3 iterations (worse here, in short trials) and 0.01, votes M W, spread loss.
     """
 
     def __init__(self, out_channels, *, pose_size=4, iterations=2, inverse_temperature=0.03):

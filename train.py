@@ -12,6 +12,7 @@ Where training departs from the paper:
       falls linearly to zero (the paper: 3e-3, exponentially); see `CapsNet.parameter_groups`.
     * The gradient is clipped to a norm of 1. Brightness and contrast vary by 0.2, but not on MNIST
       (the author: 2.0 and 0.5). MNIST is padded to 32x32 and cropped at random to 28x28.
+    * The loss, which the paper does not name, is cross-entropy, as in the author's code.
 """
 
 import argparse
@@ -61,7 +62,8 @@ def parse(argv=None):
     add("--lr", type=float, help=f"Adam's highest learning rate, if not {LR}")
     add("--validate", type=int, metavar="INSTANCE",
         help="hold out this training instance of every class, and leave the test set alone")
-    add("--crops", type=int, default=1, help="score N x N crops; 1 is the central one")
+    add("--crops", type=int, choices=(1, 2, 3), default=1,
+        help="score N x N crops; 1 is the central one")
     add("--seed", type=int, default=0, help="of weights, order and augmentation")
     add("--compile", action=argparse.BooleanOptionalAction, default=True,
         help="faster, after a minute or two; uncompiled where compiling fails")
@@ -81,8 +83,8 @@ def parse(argv=None):
         except Exception as error:  # the unpickler may raise anything on a damaged or foreign file
             raise data.DataError(f"{path}: expected {kind} of a run ({type(error).__name__})")
         args = parser.parse_args(argv, argparse.Namespace(**settings))
-        changed = [k for k in settings if vars(args)[k] != settings[k]]
-        assert {*changed} <= {"epochs", "crops"}, f"{path}: {changed} cannot change"
+        changed = {k for k in settings if vars(args)[k] != settings[k]} - {"epochs", "crops"}
+        assert not changed, f"{path}: {changed} cannot change"
     args.epochs = EPOCHS[args.dataset] if args.epochs is None else args.epochs
     args.lr = LR.get(args.routing, 3e-3) if args.lr is None else args.lr
     return args, checkpoint
@@ -179,7 +181,8 @@ def main(argv=None, build=CapsNet):
         sums.copy_(checkpoint["sums"])
         start -= checkpoint["seconds"]  # as if the run had never been stopped
     else:
-        out = args.out or Path(time.strftime(f"runs/{args.dataset}-{args.routing}-%m%d-%H%M%S"))
+        out = args.out or Path(time.strftime(  # the process: a loop of `train.py &` starts at once
+            f"runs/{args.dataset}-{args.routing}-%m%d-%H%M%S-{os.getpid()}"))
         out.mkdir(parents=True)  # fails if the folder is there: it may hold a run
     out, settings = out.resolve(), {k: v for k, v in vars(args).items() if k not in LOCAL}
 

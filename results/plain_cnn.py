@@ -16,7 +16,7 @@ from torch import nn
 class PlainCNN(nn.Module):
     """43,000 parameters. images (B, *image_shape) -> None in place of poses, logits (B, classes)"""
 
-    def __init__(self, image_shape, num_classes, routing, **options):
+    def __init__(self, image_shape, num_classes, routing):
         super().__init__()
 
         def block(inputs, outputs, kernel_size, stride):

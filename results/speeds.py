@@ -22,8 +22,10 @@ from capsnet import CapsNet
 args, _ = train.parse()
 device, size = torch.device(args.device), args.batch_size
 options = dict(args.option) | ({} if args.iterations is None else {"iterations": args.iterations})
-net = CapsNet((args.cameras, 32, 32), 5, args.routing, **options).to(device)
-images = torch.randn(size, *net.image_shape, device=device)
+spec = train.data.SPECS[args.dataset]
+shape = args.cameras, spec.crop, spec.crop
+net = CapsNet(shape, len(spec.classes), args.routing, **options).to(device)
+images = torch.randn(size, *shape, device=device)
 labels = torch.zeros(size, dtype=torch.int64, device=device)
 net = train.speed_up(net, images, args)
 optimizer = torch.optim.Adam(net.parameter_groups(1e-4))
