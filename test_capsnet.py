@@ -757,6 +757,13 @@ def test_a_run_learns_and_stopped_resumed_and_prolonged_it_takes_the_same_steps(
     assert "expected checkpoint.pt" in refusal_of(lambda: train.parse(["--resume", copied]))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_weights_of_a_run_on_a_gpu_open_without_one(small_mnist, tmp_path):
+    train.main([*small_mnist, "--device=cuda", "--epochs=1", "--out", str(tmp_path / "run")])
+    weights = torch.load(tmp_path / "run" / "weights.pt")["model"].values()
+    assert {x.device.type for x in weights} == {"cpu"}
+
+
 def test_files_that_are_no_weights_are_refused_and_run_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = {"dataset": "mnist"}
