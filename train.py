@@ -6,7 +6,7 @@ metrics.csv, a line per epoch; and at the end weights.pt, which `--eval` scores,
 Protocol: settings are chosen with `--validate INSTANCE`, on training toys held out whole (but for
 the exceptions in results/README.md). Without it the test set is looked at, once, at the end.
 
-Where training departs from the paper:
+Where training departs from the paper, or chooses what it leaves open:
 
     * Fewer epochs. Adam's rate is 1.2e-2 (EM: 6e-3, connectionist: 3e-3), rises for ten steps, then
       falls linearly to zero (the paper: 3e-3, exponentially); see `CapsNet.parameter_groups`.
