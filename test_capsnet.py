@@ -326,6 +326,7 @@ def test_initial_values():
             (cn.ConnectionistRouting(1, psi=(3,)).psi[0].bias, [0.0] * 3)):
         torch.testing.assert_close(parameter, torch.tensor(expected))
     assert cn.SimilarityRouting(1, lambda2=0.0).log_lambda[1].isinf()
+    assert (ARGS.epochs, ARGS.crops, ARGS.seed) == (2, 1, 0)  # train.py's
     connectionist = cn.ConnectionistRouting(1, psi=(500,))
     mu_and_v, a_and_c = connectionist.cell.weight_ih.split([32, 2], 1)
     assert 0.9 < mu_and_v.abs().max() <= 1 and a_and_c.abs().max() <= 0.25
@@ -348,7 +349,6 @@ def test_the_results_weights_still_mean_what_they_meant(name, expected):
     path = HERE / "results" / f"smallnorb-{name}" / "weights.pt"
     args, checkpoint = train.parse(["--eval", str(path)])
     assert (args.lr, args.batch_size) == (train.LR[routing], ARGS.batch_size)
-    assert (ARGS.epochs, ARGS.crops, ARGS.seed) == (2, 1, 0)
     net.load_state_dict(checkpoint["model"])
     logits = net(torch.linspace(0, 40, 1024).sin().view(1, 1, 32, 32))[1]
     torch.testing.assert_close(logits, torch.tensor([expected]), rtol=1e-3, atol=0)
@@ -868,7 +868,7 @@ def test_a_failed_save_leaves_the_file_before_it(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
-def test_where_compiling_fails_in_the_layers_training_goes_on(
+def test_compiled_training_goes_on_as_it_does_where_compiling_fails(
         small_mnist, tmp_path, monkeypatch, capsys):
     def killed(graph, inputs):  # as a C++ compiler without memory: at the first use
         raise RuntimeError("signal 9\nand much more")
