@@ -147,7 +147,7 @@ struct Weights {          // row-major; of the LSTM cell and of phi
     const float* rec;     // (G, H + 2): of h, of c, the bias
     int layers;           // of phi, from widths[0] = H to widths[layers] = 1
     const int* widths;
-    const float* phi[4];  // (widths[l + 1], rows(l)): weight, [0 for c,] bias
+    const float* const* phi;  // (widths[l + 1], rows(l)): weight, [0 for c,] bias
     int rows(int l) const { return l ? widths[l] + 1 : H + 2; }
 };
 static std::vector<float> transposed(const float* A, int M, int K) {
@@ -184,14 +184,17 @@ struct Column {  // the state of one output capsule
     }
     Column(int T, const Weights& w) : T(T), w(w), rows(count(T, w)) {
         muT = transposed(w.mu, G, D);
-        auto ones = [&](float* p, float x) { for (int i = 0; i < I; i++) p[i] = x; };
         x = rows.take(D + 1), fixed = rows.take(G);
-        for (int t = 0; t <= T; t++) hc[t] = rows.take(H + 2), ones(hc[t] + (H + 1) * I, 1);
-        ones(c(0), 1.0f / I);
+        for (int t = 0; t <= T; t++) {
+            hc[t] = rows.take(H + 2);
+            std::fill_n(hc[t] + (H + 1) * I, I, 1.0f);
+        }
+        std::fill_n(c(0), I, 1.0f / I);
         for (int t = 0; t < T; t++) {
             gates[t] = rows.take(G), s[t] = rows.take(H), ts[t] = rows.take(H);
             for (int l = 1; l < w.layers; l++) {
-                z[t][l] = rows.take(w.widths[l] + 1), ones(z[t][l] + w.widths[l] * I, 1);
+                z[t][l] = rows.take(w.widths[l] + 1);
+                std::fill_n(z[t][l] + w.widths[l] * I, I, 1.0f);
             }
         }
     }
@@ -246,10 +249,10 @@ struct Column {  // the state of one output capsule
                 st(s[t] + j, state), st(ts[t] + j, th), st(h + j, ld(g + 3 * HI + j) * th);
             }
             const float* in = h;
+            std::fill_n(c(t + 1), I, 0.0f);  // a row of phi's input: any finite number
             for (int l = 0; l < w.layers; l++) {
                 bool last = l + 1 == w.layers;
                 float* out = last ? c(t + 1) : z[t][l + 1];
-                if (l == 0) for (int i = 0; i < I; i++) c(t + 1)[i] = 0;  // a row of phi's input
                 gemm(w.widths[l + 1], w.rows(l), w.phi[l], in, out);
                 if (!last)
                     for (int j = 0; j < w.widths[l + 1] * I; j += 8)
@@ -409,9 +412,9 @@ static void on_threads(int threads, int N, const std::function<void(int, int)>& 
 // W (O, D, I), M (N, D, I), a (N, I) -> mu (N, O, D), total (N, O, H)
 extern "C" void forward(int O, int N, int T, int threads, const float* W, const float* M,
                         const float* a, const float* wfixed, const float* wmu, const float* wrec,
-                        int layers, const int* widths, const float** phi, float* mu, float* total) {
-    Weights w{wfixed, wmu, wrec, layers, widths, {}};
-    for (int l = 0; l < layers; l++) w.phi[l] = phi[l];
+                        int layers, const int* widths, const float* const* phi, float* mu,
+                        float* total) {
+    Weights w{wfixed, wmu, wrec, layers, widths, phi};
     on_threads(threads, N, [&](int first, int end) {
         Column k(T, w);
         for (int o = 0; o < O; o++)
@@ -428,11 +431,10 @@ extern "C" void forward(int O, int N, int T, int threads, const float* W, const 
 // gmu, gtotal: gradients of the results. Those of all inputs are added to dW, dM, ...
 extern "C" void backward(int O, int N, int T, int threads, const float* W, const float* M,
                          const float* a, const float* wfixed, const float* wmu, const float* wrec,
-                         int layers, const int* widths, const float** phi, const float* gmu,
-                         const float* gtotal, float* dW, float* dM, float* da, float* dfixed,
-                         float* dwmu, float* drec, float** dphi) {
-    Weights w{wfixed, wmu, wrec, layers, widths, {}};
-    for (int l = 0; l < layers; l++) w.phi[l] = phi[l];
+                         int layers, const int* widths, const float* const* phi,
+                         const float* gmu, const float* gtotal, float* dW, float* dM, float* da,
+                         float* dfixed, float* dwmu, float* drec, float** dphi) {
+    Weights w{wfixed, wmu, wrec, layers, widths, phi};
     std::mutex mutex;
     on_threads(threads, N, [&](int first, int end) {
         Column k(T, w);

@@ -1,7 +1,8 @@
 """train.py with connectionist routing in C++ (fused.cpp), which no user of the network needs.
 
-On a CPU with AVX2 it trains 2.5 to 3 times as fast as the compiled capsnet.py: with it the run in
-this folder went on in its tenth epoch, as
+On two threads of an AMD EPYC with AVX2 it trained on 20 images/s, capsnet.py compiled on 6.1 (7.5
+with the variables of this run); scoring 65 and 18 (21); in turn, medians of seven steps. With it
+the run in this folder went on in its tenth epoch, as
 
     python fused.py --resume checkpoint.pt --data-dir ../../../datasets
 
@@ -41,13 +42,15 @@ def pointers(tensors):
     return [ctypes.c_void_p(x.data_ptr()) for x in tensors]
 
 
+def pack(tensors):
+    return (ctypes.c_void_p * len(tensors))(*pointers(tensors))
+
+
 def call(function, sizes, tensors, *more):
-    """tensors: the first six of Fused.forward, then phi's; more: further such lists."""
-    phi, widths = tensors[6:], [16, *(len(x) for x in tensors[6:])]
-    pack = lambda tensors: (ctypes.c_void_p * len(tensors))(*pointers(tensors))
-    function(*sizes, os.cpu_count(), *pointers(tensors[:6]), len(phi),
-             (ctypes.c_int * len(widths))(*widths), pack(phi),
-             *[p for part in more for p in pointers(part[:6]) + [pack(part[6:])] * (len(part) > 6)])
+    """tensors: those of Fused.forward, phi's from the seventh on; more: further arguments."""
+    widths = [16, *(len(x) for x in tensors[6:])]
+    function(*sizes, os.cpu_count(), *pointers(tensors[:6]), len(widths) - 1,
+             (ctypes.c_int * len(widths))(*widths), pack(tensors[6:]), *more)
 
 
 class Fused(torch.autograd.Function):
@@ -61,16 +64,17 @@ class Fused(torch.autograd.Function):
         assert [x.shape for x in (fixed, mu, recurrent)] == [(64, 17), (64, 16), (64, 18)]
         ctx.sizes = outputs, fields, iterations
         results = [weight.new_empty(fields, outputs, 16) for _ in range(2)]  # mu, sum_i c_i s_i
-        call(library(inputs).forward, ctx.sizes, tensors, results)
+        call(library(inputs).forward, ctx.sizes, tensors, *pointers(results))
         ctx.save_for_backward(*tensors)
         return tuple(results)
 
     @staticmethod
     def backward(ctx, *gradients):
         tensors = ctx.saved_tensors
+        gradients = [x.contiguous() for x in gradients]
         results = [torch.zeros_like(x) for x in tensors]
         call(library(tensors[0].shape[2]).backward, ctx.sizes, tensors,
-             [x.contiguous() for x in gradients], results)
+             *pointers(gradients + results[:6]), pack(results[6:]))
         return None, *results
 
 
@@ -108,13 +112,13 @@ def check(net):
             layer.__class__, inputs = kind, [x.to(dtype) for x in (pose, logit)]
             parameters = list(layer.to(dtype).parameters())
             mu, out, _ = layer(*(x.requires_grad_() for x in inputs))
-            of = inputs + [x for x in parameters if x.ndim > 1]  # some biases have no effect
             loss = (mu * mu.detach().roll(1, 0)).sum() + (out * out.detach().roll(1, 0).cos()).sum()
-            results.append([mu, out, *torch.autograd.grad(loss, of)])
+            results.append([mu, out, *torch.autograd.grad(loss, inputs + parameters)])
         layer.float()
+        largest = max(exact.norm() for exact in results[1])  # phi's last bias: rounding
         for fused, exact in zip(*results):
-            error = (fused - exact).norm() / exact.norm()
-            assert error < 1e-3, (error, exact.shape)
+            error = (fused - exact).norm()
+            assert error < 1e-3 * exact.norm() + 1e-6 * largest, (error, exact.norm(), exact.shape)
 
 
 def build(*arguments, **options):
