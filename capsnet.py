@@ -358,10 +358,10 @@ class CapsNet(nn.Module):
         return pose.flatten(1, -3), logit.flatten(1)  # the classes' grid is a single cell
 
     def parameter_groups(self, lr):
-        """For an optimizer: routing's own parameters have further to go than W and learn at five
-        times the rate. Its kernels do not: at that rate they soon become far narrower or wider than
-        all distances; k is then the same for all votes, and its gradient vanishes."""
-        own = lambda name: ".routing." in name and not name.endswith(("kernel_logit", "log_width"))
+        """For an optimizer: lambdas, thetas and EM's betas have further to go than weights and
+        learn at five times the rate. Kernels do not: at that rate they soon become far narrower or
+        wider than all distances; k is then the same for all votes, and its gradient vanishes."""
+        own = lambda name: name.endswith(("log_lambda", "theta", "beta_u", "beta_a"))
         return [{"params": [p for name, p in self.named_parameters() if own(name) == fast],
                  "lr": 5 * lr if fast else lr} for fast in (False, True)]
 

@@ -304,14 +304,15 @@ def test_extreme_inputs_give_finite_values_and_gradients(name, extreme, autocast
 # -------------------------------------------------------------------------------- the network
 
 
-def test_parameter_groups_give_the_routings_own_parameters_five_times_the_rate():
+def test_parameter_groups_give_lambdas_thetas_and_betas_five_times_the_rate():
     net = CapsNet((1, 17, 17), 2)
     slow, fast = net.parameter_groups(1e-3)
     assert fast["lr"] == 5 * slow["lr"] == 5e-3
     assert {*fast["params"]} == {p for name, p in net.named_parameters()
                                  if name.endswith(("log_lambda", "theta"))}
     assert len(slow["params"]) + len(fast["params"]) == len([*net.parameters()])
-    assert len(CapsNet((1, 17, 17), 2, "em").parameter_groups(1)[1]["params"]) == 3 * 2  # betas
+    for routing, count in ("em", 3 * 2), ("connectionist", 0):
+        assert len(CapsNet((1, 17, 17), 2, routing).parameter_groups(1)[1]["params"]) == count
 
 
 @torch.no_grad()
