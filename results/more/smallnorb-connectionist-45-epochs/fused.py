@@ -1,8 +1,8 @@
 """train.py with connectionist routing in C++ (fused.cpp), which no user of the network needs.
 
 On two threads of an AMD EPYC with AVX2 it trained on 20 images/s, capsnet.py compiled on 6.1 (7.5
-with the variables of this run); scoring 65 and 18 (21); in turn, medians of seven steps. With it
-the run in this folder went on in its tenth epoch, as
+with GLIBC_TUNABLES); scoring 65 and 18 (21); in turn, medians of seven steps. The run in this
+folder goes on with
 
     python fused.py --resume checkpoint.pt --data-dir ../../../datasets
 
