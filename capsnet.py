@@ -361,8 +361,8 @@ class CapsNet(nn.Module):
         """For an optimizer: lambdas, thetas and EM's betas have further to go than weights and
         learn at five times the rate. Kernels do not: at that rate they soon become far narrower or
         wider than all distances; k is then the same for all votes, and its gradient vanishes."""
-        own = lambda name: name.endswith(("log_lambda", "theta", "beta_u", "beta_a"))
-        return [{"params": [p for name, p in self.named_parameters() if own(name) == fast],
+        far = "log_lambda", "theta", "beta_u", "beta_a"
+        return [{"params": [p for name, p in self.named_parameters() if name.endswith(far) == fast],
                  "lr": 5 * lr if fast else lr} for fast in (False, True)]
 
 
